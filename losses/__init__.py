@@ -1,0 +1,2 @@
+if __name__ != "medclip_lab.losses":
+    raise ImportError("import medclip_lab.losses, not losses")

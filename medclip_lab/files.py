@@ -1,0 +1,98 @@
+"""Files that are never half-written: write under a temporary name, rename when whole."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from medclip_lab.errors import UserError
+
+
+def _beside(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; it becomes `path` if the block succeeds and disappears if it raises."""
+    temporary = _beside(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill; it replaces `path` if the block succeeds and disappears if it raises."""
+    temporary = _beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            # A folder cannot be renamed over a full one: the old one steps aside first, and goes last.
+            retired = _beside(path)
+            path.rename(retired)
+            temporary.rename(path)
+            shutil.rmtree(retired)
+        else:
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """Hex digest of a JSON-like value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object; `what` names it in the error ("manifest of the shards").
+
+    Raises:
+        UserError: the file is missing, unreadable or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{what}: no such file: {path}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{what}: cannot read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{what}: {path} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def existing_folder(path: str | os.PathLike[str], what: str) -> Path:
+    """`path` as a folder that exists and is not empty.
+
+    Raises:
+        UserError: it is missing, a file, or empty.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        raise UserError(f"{what}: no such folder: {folder}")
+    if not folder.is_dir():
+        raise UserError(f"{what}: not a folder: {folder}")
+    if not any(folder.iterdir()):
+        raise UserError(f"{what}: the folder is empty: {folder}")
+    return folder
