@@ -1,2 +1,11 @@
+"""The objectives. Each is a plain `nn.Module` that is called as open_clip calls its own losses."""
+
 if __name__ != "medclip_lab.losses":
     raise ImportError("import medclip_lab.losses, not losses")
+
+from medclip_lab.losses.clip import ClipLoss
+from medclip_lab.losses.registry import LossConfig, build_loss
+from medclip_lab.losses.siglip import SigLipLoss
+from medclip_lab.losses.soft_target import SoftTargetClipLoss
+
+__all__ = ["ClipLoss", "LossConfig", "SigLipLoss", "SoftTargetClipLoss", "build_loss"]

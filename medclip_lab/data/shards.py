@@ -220,17 +220,22 @@ class Manifest:
 
 
 def read_shard(shard: Shard, quarantine: Quarantine) -> Iterator[dict[str, Any]]:
-    """The studies of a shard as {"__key__", "json": dict, "images": [(suffix, bytes)]}, images in order.
+    """The studies of a shard as {"__key__", "__shard__", "json": dict, "images": [(suffix, bytes)]}.
 
     Nothing in a shard is executed and nothing is written: members are read by name and by an allow-list of suffixes.
     Whatever cannot be used, also a shard that ends early, goes to `quarantine`.
     """
     seen = 0
-    for group in group_by_keys(_tar_members(shard, quarantine)):
+
+    def twice(error: Exception) -> bool:
+        quarantine.add(shard.path.name, "", "member twice", str(error.args[0]))
+        return True
+
+    for group in group_by_keys(_tar_members(shard, quarantine), handler=twice):
         key = str(group["__key__"])
         seen += 1
         try:
-            yield _study(group)
+            yield _study(group) | {"__shard__": shard.path.name}
         except (KeyError, ValueError) as error:
             quarantine.add(shard.path.name, key, "bad metadata", str(error))
     if seen < shard.samples:
@@ -253,7 +258,7 @@ def _tar_members(shard: Shard, quarantine: Quarantine) -> Iterator[dict[str, Any
                     continue
                 member = tar.extractfile(info)
                 assert member is not None  # isfile() was true
-                yield {"fname": info.name, "data": member.read()}
+                yield {"__url__": name, "fname": info.name, "data": member.read()}
     except (tarfile.TarError, EOFError, OSError) as error:
         # The studies that are missing are counted by the caller, against the manifest.
         quarantine.note(name, "", "unreadable shard", type(error).__name__)

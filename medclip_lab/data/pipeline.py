@@ -1,0 +1,295 @@
+"""From shards to batches: which studies, which of their images and sentences, decoded, augmented, tokenized.
+
+A batch is a dict: "image" float32 [N, C, H, W] in [0, 1], "text" int64 [M, L], "image_labels" [N, K] and
+"text_labels" [M, K] (1, 0, -1, NaN for not mentioned), "image_id" and "text_id" (study ids of the rows) and
+"patient_id" of the images. A modality that a study lacks has no row: N and M may differ, and then rows are no pairs.
+"""
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from medclip_lab.data.decode import DecodeError, decode_image
+from medclip_lab.data.findings import CHEXPERT14
+from medclip_lab.data.order import epoch_of_studies, samples_per_rank
+from medclip_lab.data.preprocess import AugmentConfig, Preprocess, PreprocessConfig, augment, stack
+from medclip_lab.data.quarantine import Quarantine
+from medclip_lab.data.shards import Manifest, Shard
+from medclip_lab.data.tokenizer import Tokenizer
+from medclip_lab.errors import UserError
+
+Batch = dict[str, Any]
+
+
+@dataclass
+class SourceConfig:
+    """One folder of shards."""
+
+    shards: str
+    """Folder with `manifest.json`, as `medclip-lab prepare` writes it."""
+    split: str = "train"
+    weight: float = 1.0
+    """Share of each batch, relative to the other sources."""
+
+
+@dataclass
+class TextConfig:
+    """Which words of a study the text tower sees, drawn anew each time: relative frequencies."""
+
+    report: float = 1.0
+    """Findings and impression together."""
+    impression: float = 0.0
+    findings: float = 0.0
+    sentence: float = 0.0
+    """Sentences of the report, at random."""
+    sentences: int = 1
+    """How many sentences make one text, at most."""
+    balance: float = 0.0
+    """Sentences are drawn with the frequency of their labels to the power of minus this: 0 as they come, 1 all labels
+    alike. It looks at the study at hand and at the label counts of the manifest."""
+
+    def __post_init__(self) -> None:
+        if min(self.report, self.impression, self.findings, self.sentence) < 0 or self.sentences < 1:
+            raise ValueError("text: frequencies cannot be negative, and sentences must be at least 1")
+        if self.report + self.impression + self.findings + self.sentence <= 0:
+            raise ValueError("text: one of report, impression, findings, sentence must be above 0")
+
+
+@dataclass
+class DataConfig:
+    """What a run reads."""
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """By name. The first one sets the length of an epoch; the others go round at their own pace."""
+    batch_size: int = 64
+    """Studies of a batch on each rank, over all sources."""
+    labels: list[str] = field(default_factory=lambda: list(CHEXPERT14))
+    """Names of the label columns, in order."""
+    text: TextConfig = field(default_factory=TextConfig)
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    shuffle_size: int = 2048
+    """Studies in the buffer that mixes shards."""
+    workers: int = 1
+    """Loader processes of each rank; 0 decodes in the training process. The order does not depend on it."""
+    max_bad: float = 0.01
+    """Largest share of unusable samples before the run stops."""
+    control: Literal["none", "shuffled_pairs"] = "none"
+    """"shuffled_pairs" gives every image the text and labels of another study of its batch: the control that must
+    learn nothing."""
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("data.sources: name at least one source")
+        if self.batch_size < 2:
+            raise ValueError(f"data.batch_size must be at least 2, got {self.batch_size}")
+
+    def shares(self) -> dict[str, int]:
+        """Studies of each source in a batch, by largest remainder."""
+        total = sum(source.weight for source in self.sources.values())
+        exact = {name: self.batch_size * source.weight / total for name, source in self.sources.items()}
+        shares = {name: math.floor(value) for name, value in exact.items()}
+        for name in sorted(exact, key=lambda name: shares[name] - exact[name])[: self.batch_size - sum(shares.values())]:
+            shares[name] += 1
+        if min(shares.values()) == 0:
+            raise UserError(f"data: batch_size {self.batch_size} is too small to hold a study of every source")
+        return shares
+
+
+def steps_per_epoch(config: DataConfig, world_size: int, seed: int) -> int:
+    """Batches in one pass over the first source.
+
+    Raises:
+        UserError: a source is missing or too small for one batch.
+    """
+    name, source = next(iter(config.sources.items()))
+    shards = Manifest.load(source.shards).of_split(source.split)
+    available, share = samples_per_rank(shards, 0, world_size, seed), config.shares()[name]
+    if available < share:
+        raise UserError(
+            f"data.sources.{name}: {available} studies a rank in split {source.split!r} do not fill a batch of "
+            f"{share}: lower data.batch_size"
+        )
+    return available // share
+
+
+class BatchStream(IterableDataset[Batch]):
+    """The batches `start` to `steps` of one rank, the same for any number of loader processes.
+
+    Every loader process reads all studies of the rank and decodes its own batches only: reading is cheap, and so the
+    order is the same whoever does the work.
+
+    Args:
+        training: random order, random views and sentences, augmentation; else the first of each, in shard order.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        steps: int,
+        *,
+        start: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        training: bool = True,
+        quarantine_path: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.steps = steps
+        self.start = start
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.training = training
+        self.shares = config.shares()
+        self.preprocess = Preprocess(config.preprocess)
+        self.shards: dict[str, tuple[Shard, ...]] = {
+            name: Manifest.load(source.shards).of_split(source.split) for name, source in config.sources.items()
+        }
+        total = sum(shard.samples for shards in self.shards.values() for shard in shards)
+        self.quarantine = Quarantine(total, config.max_bad, quarantine_path)
+        self.label_counts = _label_counts(config) if config.text.balance else {}
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        streams = {name: self._studies(name) for name in self.shards}
+        # A source's own cursor, not one queue, so that each batch has the share of each source exactly.
+        for step in range(self.steps):
+            studies = [study for name, stream in streams.items() for study in _take(stream, self.shares[name])]
+            mine = step >= self.start and (step - self.start) % workers == worker
+            if mine and studies:
+                yield self.batch(studies, step)
+
+    def _studies(self, name: str) -> Iterator[dict[str, Any]]:
+        epoch = 0
+        while True:
+            size = self.config.shuffle_size if self.training else 0
+            yield from epoch_of_studies(
+                self.shards[name], epoch, self.rank, self.world_size, self.seed, self.quarantine, size
+            )
+            if not self.training:
+                return
+            epoch += 1
+
+    def batch(self, studies: list[dict[str, Any]], step: int) -> Batch:
+        """Decode, augment and tokenize the studies of a step; unusable images are quarantined and left out."""
+        chance = random.Random(f"batch {self.seed} {self.rank} {step}")
+        images: list[Tensor] = []
+        image_labels, image_ids, patients = [], [], []
+        texts, text_labels, text_ids = [], [], []
+        for study in studies:
+            record = study["json"]
+            if study["images"]:
+                suffix, data = chance.choice(study["images"]) if self.training else study["images"][0]
+                try:
+                    images.append(self.preprocess(decode_image(data, suffix)))
+                except DecodeError as error:
+                    self.quarantine.add(study["__shard__"], study["__key__"], "unreadable image", str(error))
+                    continue  # without its image the text would shift every later pair by a row
+                image_labels.append(self._vector(record.get("labels") or {}))
+                image_ids.append(record["study_id"])
+                patients.append(record["patient_id"])
+            text, labels = self._text(record, chance)
+            if text:
+                texts.append(text)
+                text_labels.append(self._vector(labels))
+                text_ids.append(record["study_id"])
+        if self.config.control == "shuffled_pairs":
+            # A shift by a random amount: no text keeps its own image, and each is still used once.
+            shift = chance.randrange(1, max(len(texts), 2))
+            texts, text_labels = texts[shift:] + texts[:shift], text_labels[shift:] + text_labels[:shift]
+        batch: Batch = {"image_id": image_ids, "text_id": text_ids, "patient_id": patients}
+        if images:
+            pixels = stack(images)
+            if self.training:
+                generator = torch.Generator().manual_seed(chance.getrandbits(48))
+                pixels = augment(pixels, self.config.augment, generator)
+            batch |= {"image": pixels, "image_labels": torch.tensor(image_labels)}
+        if texts:
+            batch |= {"text": self.tokenizer(texts), "text_labels": torch.tensor(text_labels)}
+        return batch
+
+    def _vector(self, labels: dict[str, int | None]) -> list[float]:
+        values = (labels.get(name) for name in self.config.labels)
+        return [math.nan if value is None else float(value) for value in values]
+
+    def _text(self, record: dict[str, Any], chance: random.Random) -> tuple[str, dict[str, int | None]]:
+        """One text of a study and the labels that this text states."""
+        report, labels = record.get("text") or "", record.get("labels") or {}
+        policy = self.config.text
+        if not self.training:
+            return report, labels
+        kinds = ("report", "impression", "findings", "sentence")
+        kind = chance.choices(kinds, [policy.report, policy.impression, policy.findings, policy.sentence])[0]
+        sentences = record.get("sentences") or []
+        if kind == "sentence" and sentences:
+            chosen = self._sentences(sentences, chance)
+            return " ".join(sentence["text"] for sentence in chosen), _merge(chosen)
+        if kind in ("impression", "findings"):
+            return (record.get("sections") or {}).get(kind) or report, labels
+        return report, labels
+
+    def _sentences(self, sentences: list[dict[str, Any]], chance: random.Random) -> list[dict[str, Any]]:
+        number = min(len(sentences), chance.randint(1, self.config.text.sentences))
+        if not self.label_counts:
+            start = chance.randrange(len(sentences) - number + 1)
+            return sentences[start : start + number]
+        weights = [
+            max((self.label_counts.get(item, 1.0) for item in sentence["labels"].items()), default=0.0)
+            for sentence in sentences
+        ]
+        if not any(weights):
+            weights = [1.0] * len(sentences)
+        return chance.choices(sentences, weights, k=number)
+
+
+def _take(stream: Iterator[dict[str, Any]], number: int) -> Iterator[dict[str, Any]]:
+    for _ in range(number):
+        study = next(stream, None)
+        if study is None:
+            return
+        yield study
+
+
+def _merge(sentences: list[dict[str, Any]]) -> dict[str, int | None]:
+    """Labels of several sentences together: present over uncertain over absent."""
+    merged: dict[str, int | None] = {}
+    rank = {1: 2, -1: 1, 0: 0}
+    for sentence in sentences:
+        for name, value in sentence["labels"].items():
+            known = merged.get(name)
+            if known is None or rank[value] > rank[known]:
+                merged[name] = value
+    return merged
+
+
+def _label_counts(config: DataConfig) -> dict[tuple[str, int], float]:
+    """Weight of each (label, value): its count over all sources to the power of minus `balance`."""
+    counts: dict[tuple[str, int], float] = {}
+    for source in config.sources.values():
+        for name, states in Manifest.load(source.shards).facts.get("labels", {}).items():
+            for state, count in states.items():
+                if state != "null":
+                    counts[name, int(state)] = counts.get((name, int(state)), 0) + count
+    return {item: count**-config.text.balance for item, count in counts.items()}
+
+
+def loader(stream: BatchStream) -> DataLoader[Batch]:
+    """A DataLoader that hands on the stream's batches as they are."""
+    workers = stream.config.workers
+    return DataLoader(stream, batch_size=None, num_workers=workers, persistent_workers=workers > 0 and stream.training)

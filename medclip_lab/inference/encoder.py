@@ -1,0 +1,139 @@
+"""A bundle, loaded: images and texts to embeddings, prompts to classifiers."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import open_clip
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from medclip_lab.data.decode import read_image
+from medclip_lab.data.preprocess import Preprocess, PreprocessConfig, stack
+from medclip_lab.errors import UserError
+from medclip_lab.files import read_json
+from medclip_lab.inference.bundle import CONFIG, open_bundle
+from medclip_lab.inference.classifier import ZeroShotClassifier
+from medclip_lab.inference.labelset import LabelSet, load_labelset
+from medclip_lab.models.dual_encoder import DualEncoder, load_named, quiet
+
+T = TypeVar("T")
+
+
+def load(bundle: str | os.PathLike[str], device: str = "auto") -> "Encoder":
+    """Open an exported bundle, offline, after checking every file against the manifest.
+
+    Args:
+        device: "auto" takes a CUDA device if there is one.
+
+    Raises:
+        UserError: no bundle, or one whose files were changed after export.
+    """
+    folder, manifest = open_bundle(os.fspath(bundle))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = read_json(folder / CONFIG, "bundle")
+    preprocess = PreprocessConfig.from_open_clip(config["preprocess_cfg"])
+    model = DualEncoder(load_named(f"local-dir:{folder}", None), preprocess)
+    with quiet():
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    return Encoder(folder, manifest, model.to(device).eval(), tokenizer, preprocess)
+
+
+class Encoder:
+    """Both towers of a bundle. `load` makes one."""
+
+    def __init__(
+        self, folder: Path, manifest: dict[str, Any], model: DualEncoder, tokenizer: Any, preprocess: PreprocessConfig
+    ) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.model = model
+        self.tokenizer = tokenizer
+        self.preprocess = Preprocess(preprocess)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of weights, preprocessing and tokenizer: embeddings of another fingerprint do not compare."""
+        return str(self.manifest["fingerprint"])
+
+    @property
+    def logit_scale(self) -> float:
+        return float(self.model.logit_scale.detach())
+
+    @torch.inference_mode()
+    def encode_images(
+        self, images: Iterable[str | Path | Image.Image], batch_size: int = 64
+    ) -> NDArray[np.float32]:
+        """Embeddings of image files or Pillow images.
+
+        Returns:
+            float32 [N, D], unit norm.
+
+        Raises:
+            UserError: a file is missing or cannot be decoded.
+        """
+        device = self.model.mean.device
+        rows = [
+            self.model.encode_image(stack([self._pixels(image) for image in chunk]).to(device)).cpu().numpy()
+            for chunk in _chunks(_refuse_single(images), batch_size)
+        ]
+        return np.concatenate(rows) if rows else self._nothing()
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> NDArray[np.float32]:
+        """Embeddings of texts; longer ones than the context are cut, the end token kept.
+
+        Returns:
+            float32 [N, D], unit norm.
+        """
+        device = self.model.mean.device
+        rows = [
+            self.model.encode_text(self.tokenizer(chunk).to(device)).cpu().numpy()
+            for chunk in _chunks(_refuse_single(texts), batch_size)
+        ]
+        return np.concatenate(rows) if rows else self._nothing()
+
+    def zero_shot_classifier(self, labelset: str | Path | LabelSet = "chexpert14") -> ZeroShotClassifier:
+        """A classifier for a label set: the bundle's own file if it was exported with it, else built from prompts.
+
+        Args:
+            labelset: name of a shipped set, a YAML file, or a LabelSet.
+        """
+        wanted = labelset if isinstance(labelset, LabelSet) else self._labelset(labelset)
+        stored = self.folder / "classifiers" / f"{wanted.name}.safetensors"
+        if str(stored.relative_to(self.folder)) in self.manifest["files"]:
+            classifier = ZeroShotClassifier.load(stored)
+            if classifier.labelset_hash == wanted.hash:
+                return classifier.with_encoder(self)
+        return ZeroShotClassifier.from_prompts(wanted, self.encode_texts, self.logit_scale).with_encoder(self)
+
+    def _labelset(self, name: str | Path) -> LabelSet:
+        carried = self.folder / "labelsets" / f"{name}.yaml"
+        return load_labelset(carried if carried.is_file() else name)
+
+    def _pixels(self, image: str | Path | Image.Image) -> torch.Tensor:
+        if isinstance(image, Image.Image):
+            return self.preprocess(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+        return self.preprocess(read_image(image))
+
+    def _nothing(self) -> NDArray[np.float32]:
+        width = self.encode_texts(["nothing"]).shape[1]
+        return np.zeros((0, width), dtype=np.float32)
+
+
+def _refuse_single(items: Iterable[T]) -> Iterable[T]:
+    """A single string is an iterable of characters, which nobody means."""
+    if isinstance(items, str | Path):
+        raise UserError(f"a list is expected, not the single value {str(items)!r}")
+    return items
+
+
+def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

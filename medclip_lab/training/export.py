@@ -1,0 +1,65 @@
+"""From a finished run to a bundle."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from medclip_lab.config import load_config, shipped
+from medclip_lab.data.preprocess import PreprocessConfig
+from medclip_lab.errors import UserError
+from medclip_lab.files import atomic_folder, existing_folder, read_json
+from medclip_lab.inference.bundle import finish_bundle, write_bundle
+from medclip_lab.inference.encoder import load
+from medclip_lab.training.run import CONFIG, DONE, MODEL, WEIGHTS, RunConfig
+
+
+def export(
+    run: str | Path, out: str | Path, labelsets: list[str] | None = None, command: str = ""
+) -> dict[str, Any]:
+    """Write the bundle of a finished run to `out`, whole or not at all; returns its manifest.
+
+    Args:
+        command: what made the bundle, for its manifest.
+        labelsets: label sets (names of shipped ones, or YAML files) whose classifiers the bundle carries.
+
+    Raises:
+        UserError: the run is not finished, or `out` holds something else.
+    """
+    run, out = existing_folder(run, "run"), Path(out).expanduser()
+    if not (run / WEIGHTS).exists() or not (run / DONE).exists():
+        raise UserError(f"run: {run} is not finished (no {DONE}): call `medclip-lab train` again to go on")
+    if out.exists() and not (out / "manifest.json").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out: {out} exists and is no bundle: it would be lost, choose another folder")
+    config = load_config(RunConfig, run / CONFIG)
+    model = read_json(run / MODEL, "run")
+    done = read_json(run / DONE, "run")
+    paths = [Path(name) if str(name).endswith(".yaml") else shipped(f"labelsets/{name}.yaml") for name in labelsets or []]
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"label set: no such file: {path}")
+    card = {
+        "loss": config.loss.name,
+        "sources": ", ".join(config.data.sources),
+        "steps": done["steps"],
+        "batch": config.data.batch_size * done["world_size"],
+        "intended use": "research",
+    }
+    with atomic_folder(out) as folder:
+        write_bundle(
+            folder,
+            weights=load_file(run / WEIGHTS),
+            model_cfg=model["model_cfg"],
+            preprocess=PreprocessConfig.from_open_clip(model["preprocess_cfg"]),
+            tokenizer=run / "tokenizer" if (run / "tokenizer").exists() else None,
+            labelsets=paths,
+            card=card,
+        )
+        facts = {"run": card}
+        finish_bundle(folder, command, facts)
+        encoder = load(folder, device="cpu")
+        (folder / "classifiers").mkdir()
+        for path in paths:
+            classifier = encoder.zero_shot_classifier(path)
+            classifier.save(folder / "classifiers" / f"{classifier.labelset}.safetensors")
+        return finish_bundle(folder, command, facts)

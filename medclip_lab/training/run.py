@@ -1,0 +1,302 @@
+"""A training run: composes the configs, trains, and leaves a folder that can be resumed and exported."""
+
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from safetensors.torch import save_file
+
+from medclip_lab import distributed
+from medclip_lab.config import to_yaml
+from medclip_lab.data.pipeline import BatchStream, DataConfig, SourceConfig, loader, steps_per_epoch
+from medclip_lab.data.quarantine import Quarantine
+from medclip_lab.data.shards import Manifest, read_split
+from medclip_lab.data.tokenizer import EOS_ID, FILES, Tokenizer, load_tokenizer, train_tokenizer
+from medclip_lab.errors import UserError
+from medclip_lab.files import atomic_file, atomic_folder, read_json, write_json
+from medclip_lab.losses import LossConfig, build_loss
+from medclip_lab.models.dual_encoder import DualEncoder, ModelConfig, build_spec, load_named
+from medclip_lab.training.module import Console, ContrastiveModule, MetricsFile
+from medclip_lab.training.optim import OptimConfig
+
+CONFIG, MODEL, WEIGHTS, METRICS, DONE = "config.yaml", "model.json", "model.safetensors", "metrics.jsonl", "done.json"
+
+
+@dataclass
+class TrainerConfig:
+    """How long and on what."""
+
+    steps: int | None = None
+    """Optimisation steps; without it, `epochs` decides."""
+    epochs: float = 10.0
+    """Passes over the first source."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """"auto" takes bf16-mixed where the hardware multiplies bf16 and 32-true elsewhere."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int = 1
+    """Devices of this machine; under torchrun, torchrun decides."""
+    val_every: int = 0
+    """Steps between passes over the validation split; 0 never."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; one is always written at the end."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"trainer.steps must be at least 1, got {self.steps}")
+        if self.epochs <= 0:
+            raise ValueError(f"trainer.epochs must be positive, got {self.epochs}")
+
+
+@dataclass
+class RunConfig:
+    """A training run."""
+
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    seed: int = 0
+    out: str = "runs/run"
+    """Folder of the run: config, tokenizer, checkpoints, metrics, weights."""
+
+
+def train(config: RunConfig) -> Path:
+    """Train, or go on where an interrupted run of the same folder was; returns the run folder.
+
+    Raises:
+        UserError: a config that cannot work, a folder that holds another run, unusable data.
+    """
+    out = Path(config.out).expanduser()
+    rank, world_size = distributed.launched_world()
+    steps = config.trainer.steps or max(
+        1, round(config.trainer.epochs * steps_per_epoch(config.data, world_size, config.seed))
+    )
+    _refuse_other_run(config, out)
+    if (out / DONE).exists():
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    quarantine_path = out / "quarantine.jsonl"
+
+    with _quiet_lightning():
+        seed_everything(config.seed, verbose=False)
+        loss = _user_error(lambda: build_loss(config.loss))
+        encoder, tokenizer, spec = prepare_model(config, out, rank)
+        start_scale = getattr(loss, "init_logit_scale", None)
+        if isinstance(config.model.spec, dict) and start_scale is not None:
+            encoder.start_temperature(start_scale, loss.init_logit_bias)  # type: ignore[arg-type]
+        if rank == 0:
+            write_json(out / MODEL, {"model_cfg": spec, "preprocess_cfg": config.data.preprocess.open_clip()})
+            with atomic_file(out / CONFIG) as temporary:
+                temporary.write_text(to_yaml(config), encoding="utf-8")
+
+        last = out / "checkpoints" / "last.ckpt"
+        start = int(torch.load(last, map_location="cpu", weights_only=True)["global_step"]) if last.exists() else 0
+        streams = {
+            "train": BatchStream(
+                config.data,
+                tokenizer,
+                steps,
+                start=start,
+                seed=config.seed,
+                rank=rank,
+                world_size=world_size,
+                quarantine_path=quarantine_path,
+            )
+        }
+        if config.trainer.val_every:
+            streams["val"] = _validation_stream(config, tokenizer, rank, world_size, quarantine_path)
+        module = ContrastiveModule(encoder, loss, config.optim, steps)
+        trainer = _trainer(config, out, steps, val=streams.get("val"))
+        begin = time.monotonic()
+        trainer.fit(
+            module,
+            loader(streams["train"]),
+            loader(streams["val"]) if "val" in streams else None,
+            ckpt_path=last if last.exists() else None,
+            weights_only=True,
+        )
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if trainer.is_global_zero:
+        weights = {name: value.detach().cpu().contiguous() for name, value in encoder.model.state_dict().items()}
+        with atomic_file(out / WEIGHTS) as temporary:
+            save_file(weights, temporary)
+        seconds = round(time.monotonic() - begin, 1)
+        write_json(out / DONE, {"steps": steps, "resumed_at": start, "seconds": seconds, "world_size": world_size})
+    return out
+
+
+def prepare_model(config: RunConfig, out: Path, rank: int) -> tuple[DualEncoder, Tokenizer, dict[str, Any]]:
+    """Towers, tokenizer and the full open_clip model config of a run."""
+    folder = out / "tokenizer"
+    if config.model.tokenizer == "train":
+        size = _trained_tokenizer(config, folder, rank)
+        trained = {"vocab_size": size, "hf_tokenizer_name": "tokenizer", "pool_type": "eos", "eos_id": EOS_ID}
+    else:
+        trained = {}
+    if isinstance(config.model.spec, str):
+        if trained:
+            raise UserError("model.tokenizer: a model given by name has its own tokenizer: set model.tokenizer to 'spec'")
+        import open_clip
+
+        model = load_named(config.model.spec, config.model.pretrained)
+        spec: dict[str, Any] = open_clip.get_model_config(config.model.spec)
+        tokenizer: Tokenizer = open_clip.get_tokenizer(config.model.spec)
+    else:
+        spec = json.loads(json.dumps(config.model.spec))
+        if "text_cfg" not in spec or "vision_cfg" not in spec:
+            raise UserError("model.spec: an open_clip model config has embed_dim, vision_cfg and text_cfg")
+        spec["text_cfg"] |= trained
+        # A text tower of its own is the only one in open_clip that knows other end tokens than CLIP's.
+        spec = {"custom_text": True, **spec}
+        spec["vision_cfg"].setdefault("image_size", config.data.preprocess.size)
+        if spec["vision_cfg"]["image_size"] != config.data.preprocess.size:
+            raise UserError(
+                f"model.spec.vision_cfg.image_size is {spec['vision_cfg']['image_size']} and "
+                f"data.preprocess.size is {config.data.preprocess.size}: they must be equal"
+            )
+        model = build_spec(spec)
+        length = int(spec["text_cfg"].get("context_length", 77))
+        name = folder if trained else config.model.tokenizer
+        tokenizer = load_tokenizer(spec["text_cfg"]["hf_tokenizer_name"] if name == "spec" else name, length)
+        if not trained:
+            spec["text_cfg"]["hf_tokenizer_name"] = "tokenizer"  # open_clip looks for its files in the bundle
+    if rank == 0 and not trained and hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(str(folder))
+    return DualEncoder(model, config.data.preprocess, config.model.channels_last), tokenizer, spec
+
+
+def _trained_tokenizer(config: RunConfig, folder: Path, rank: int) -> int:
+    """Train on the reports of all training sources, once; the other ranks wait for the files."""
+    if rank == 0 and not (folder / FILES[0]).exists():
+        texts: list[str] = []
+        for source in config.data.sources.values():
+            manifest = Manifest.load(source.shards)
+            quarantine = Quarantine(manifest.count(source.split), config.data.max_bad)
+            texts += [study["json"].get("text") or "" for study in read_split(manifest, source.split, quarantine)]
+        if not any(texts):
+            raise UserError("model.tokenizer: no source has a single report to train a tokenizer on")
+        with atomic_folder(folder) as temporary:
+            train_tokenizer(texts, config.model.vocab_size, temporary)
+    while not (folder / FILES[0]).exists():
+        time.sleep(0.1)
+    return len(read_json(folder / FILES[0], "tokenizer")["model"]["vocab"])
+
+
+def _validation_stream(
+    config: RunConfig, tokenizer: Tokenizer, rank: int, world_size: int, quarantine_path: Path
+) -> BatchStream:
+    sources = {
+        name: SourceConfig(source.shards, "val", source.weight)
+        for name, source in config.data.sources.items()
+        if any(shard.split == "val" for shard in Manifest.load(source.shards).shards)
+    }
+    if len(sources) < len(config.data.sources):
+        raise UserError("trainer.val_every: a source has no split 'val'; set it to 0")
+    data = DataConfig(**{**vars(config.data), "sources": sources, "workers": 0, "control": "none"})
+    steps = steps_per_epoch(data, world_size, config.seed)
+    return BatchStream(
+        data,
+        tokenizer,
+        steps,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        training=False,
+        quarantine_path=quarantine_path,
+    )
+
+
+def _trainer(config: RunConfig, out: Path, steps: int, val: BatchStream | None) -> Trainer:
+    checkpoint = ModelCheckpoint(
+        dirpath=out / "checkpoints",
+        filename="last",
+        every_n_train_steps=min(config.trainer.checkpoint_every, steps),
+        save_top_k=1,
+        enable_version_counter=False,
+        save_on_train_epoch_end=False,
+    )
+    callbacks: list[Callback] = [Console(), MetricsFile(out / METRICS, config.trainer.log_every), checkpoint]
+    launched = distributed.launched_world()[1] > 1
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched else config.trainer.devices
+    return Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator=config.trainer.accelerator,
+        devices=local,
+        num_nodes=distributed.launched_world()[1] // local if launched else 1,
+        strategy="ddp" if launched or local > 1 else "auto",
+        precision=resolve_precision(config.trainer),
+        gradient_clip_val=config.optim.clip_norm or None,
+        callbacks=callbacks,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=None,
+        val_check_interval=min(config.trainer.val_every, steps) if val else None,
+        limit_val_batches=len(val) if val else 0,
+        default_root_dir=out,
+    )
+
+
+def resolve_precision(config: TrainerConfig) -> Literal["32-true", "bf16-mixed", "16-mixed"]:
+    """What "auto" means on this machine."""
+    if config.precision != "auto":
+        return config.precision
+    if config.accelerator != "cpu" and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.11 cannot say
+    fast = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return "bf16-mixed" if fast else "32-true"
+
+
+def _refuse_other_run(config: RunConfig, out: Path) -> None:
+    """A folder holds one run: going on with another config would mix two."""
+    recorded = out / CONFIG
+    if recorded.exists() and recorded.read_text(encoding="utf-8") != to_yaml(config):
+        raise UserError(f"out: {out} holds a run with another config: choose another --out, or remove it")
+
+
+def _user_error(make: Any) -> Any:
+    try:
+        return make()
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+class _quiet_lightning:  # noqa: N801 - reads as the context manager it is
+    """Hides Lightning's hints about this machine and this loader; its errors still come through."""
+
+    def __enter__(self) -> None:
+        self._level = logging.getLogger("lightning.pytorch").level
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.filterwarnings("ignore", module="lightning")
+
+    def __exit__(self, *error: object) -> None:
+        self._warnings.__exit__(*error)  # type: ignore[arg-type]
+        logging.getLogger("lightning.pytorch").setLevel(self._level)
+
+
+def diary(run: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    path = run / METRICS
+    if path.exists():
+        yield from (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
