@@ -5,13 +5,14 @@ Importing this package defines names and nothing else; torch, lightning and fais
 
 from typing import TYPE_CHECKING
 
+from medclip_lab.version import __version__
+
 if TYPE_CHECKING:
     import os
 
     from medclip_lab.inference.encoder import Encoder
     from medclip_lab.retrieval.index import Index
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "load", "open_index"]
 
 

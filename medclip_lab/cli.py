@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"medclip-lab {args.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nmedclip-lab {args.verb}: interrupted; the same command goes on from what is finished", file=sys.stderr)
+        print(
+            f"\nmedclip-lab {args.verb}: interrupted; the same command goes on from what is finished", file=sys.stderr
+        )
         return 130
 
 
@@ -40,7 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
     parser = argparse.ArgumentParser(
         prog="medclip-lab",
-        description="Contrastive pretraining for medical images and reports: from shards to a searchable, classifying model.",
+        description="Contrastive pretraining for medical images and reports: from shards to a model that searches and "
+        "classifies.",
     )
     parser.add_argument("--version", action="version", version=f"medclip_lab {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -88,7 +91,7 @@ def _demo(verbs: Verbs) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything (default: demo)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other patients (default: 0)")
-    parser.add_argument("--studies", type=int, default=None, help="number of studies (default: that of the shipped config)")
+    parser.add_argument("--studies", type=int, default=None, help="number of studies (default: 2400)")
 
 
 def _run_demo(args: argparse.Namespace) -> None:
@@ -110,7 +113,9 @@ def _prepare(verbs: Verbs) -> None:
         added.epilog = f"example:\n  medclip-lab prepare {example}"
         added.add_argument("--out", type=Path, required=True, help="folder for the shards")
         added.add_argument("--samples-per-shard", type=int, default=256, help="studies in a shard (default: 256)")
-        added.add_argument("--max-bad", type=float, default=0.01, help="largest share of unusable studies (default: 0.01)")
+        added.add_argument(
+            "--max-bad", type=float, default=0.01, help="share of unusable studies that stops it (default: 0.01)"
+        )
         return added
 
     phantom = source("phantom", "synthetic chest radiographs with reports", "phantom --studies 1000 --out shards")
@@ -124,15 +129,17 @@ def _prepare(verbs: Verbs) -> None:
     openi = source("openi", "Open-i (Indiana University) reports", "openi NLMCXR_reports.tgz --out shards/openi")
     openi.add_argument("path", type=Path, help="NLMCXR_reports.tgz, or the folder with its XML files")
 
-    table = source("csv", "a table of your own images and texts", "csv studies.csv --image image --text report --out shards")
+    table = source(
+        "csv", "a table of your own images and texts", "csv studies.csv --image image --text report --out shards"
+    )
     table.add_argument("path", type=Path, help=".csv or .tsv with a header line")
     table.add_argument("--image", default="image", help="column of image paths (default: image)")
     table.add_argument("--text", default="text", help="column of reports (default: text)")
     table.add_argument("--study", default=None, help="column of study ids; rows that share one are one study")
     table.add_argument("--patient", default=None, help="column of patient ids (default: each study its own patient)")
     table.add_argument("--split", default=None, help="column of train/val/test (default: by patient, 80/10/10)")
-    table.add_argument("--labels", nargs="+", default=None, help="label columns (default: those named like CheXpert's)")
-    table.add_argument("--image-folder", type=Path, default=None, help="folder of relative image paths (default: the table's)")
+    table.add_argument("--labels", nargs="+", default=None, help="label columns (default: CheXpert's names)")
+    table.add_argument("--image-folder", type=Path, default=None, help="where relative image paths start")
     table.add_argument("--license", default="private", help="noted in every study (default: private)")
 
 
@@ -157,13 +164,14 @@ def _train(verbs: Verbs) -> None:
         _run_train,
     )
     parser.usage = "medclip-lab train --config FILE [--out DIR] [--settings] [--SECTION.NAME=VALUE ...]"
-    parser.add_argument("--config", type=Path, help="a YAML file, or the name of a shipped one (phantom, nih_openi_semantic)")
+    parser.add_argument("--config", type=Path, help="a YAML file, or the name of a shipped one")
     parser.add_argument("--out", default=None, help="folder of the run")
-    parser.add_argument("--settings", action="store_true", help="list every setting with its type and default, and stop")
+    parser.add_argument("--settings", action="store_true", help="list every setting with its default, and stop")
 
 
 def _run_train(args: argparse.Namespace) -> None:
     from medclip_lab import config as configs
+    from medclip_lab.distributed import launched_world
     from medclip_lab.training.run import RunConfig, diary, train
 
     if args.settings:
@@ -176,6 +184,8 @@ def _run_train(args: argparse.Namespace) -> None:
         path = configs.shipped(f"{path}.yaml")
     overrides = [*args.overrides, f"--out={args.out}"] if args.out else args.overrides
     run = train(configs.load_config(RunConfig, path, overrides))
+    if launched_world()[0] > 0:
+        return  # one rank speaks
     last = [line for line in diary(run) if "loss" in line][-1]
     _say(args, {"run": str(run), **last}, f"{run}: step {last['step']}, loss {last['loss']:.4f}")
 
@@ -184,7 +194,7 @@ def _export(verbs: Verbs) -> None:
     parser = _verb(verbs, "export", "a finished run to a bundle", "export runs/phantom --out bundle", _run_export)
     parser.add_argument("run_folder", metavar="run", type=Path, help="folder of a finished run")
     parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
-    parser.add_argument("--labelset", nargs="*", default=["chexpert14"], help="label sets to carry (default: chexpert14)")
+    parser.add_argument("--labelset", nargs="*", default=["chexpert14"], help="label sets to carry")
 
 
 def _run_export(args: argparse.Namespace) -> None:
@@ -209,7 +219,7 @@ def _evaluate(verbs: Verbs) -> None:
     parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws, by patient (default: 1000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--blur", type=float, default=0.0, help="control: blur images by this share of their side")
-    parser.add_argument("--shuffle-labels", action="store_true", help="control: give every patient another one's labels")
+    parser.add_argument("--shuffle-labels", action="store_true", help="control: shuffle labels between studies")
     parser.add_argument("--out", type=Path, default=None, help="write the results as JSON too")
 
 
@@ -237,12 +247,14 @@ def _run_evaluate(args: argparse.Namespace) -> None:
 
 
 def _embed(verbs: Verbs) -> None:
-    parser = _verb(verbs, "embed", "shards to embeddings", "embed bundle shards --split test --out embeddings", _run_embed)
+    parser = _verb(
+        verbs, "embed", "shards to embeddings", "embed bundle shards --split test --out embeddings", _run_embed
+    )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("shards", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--split", default=None, help="one split only (default: all)")
-    parser.add_argument("--include-text", action="store_true", help="keep the report text; it is as private as the reports")
+    parser.add_argument("--include-text", action="store_true", help="keep the report text, private as it is")
 
 
 def _run_embed(args: argparse.Namespace) -> None:
@@ -255,7 +267,9 @@ def _run_embed(args: argparse.Namespace) -> None:
 
 
 def _index(verbs: Verbs) -> None:
-    parser = _verb(verbs, "index", "embeddings to an index", "index embeddings --modality image --out index", _run_index)
+    parser = _verb(
+        verbs, "index", "embeddings to an index", "index embeddings --modality image --out index", _run_index
+    )
     parser.add_argument("embeddings", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--modality", choices=("image", "text"), default="image", help="what is found (default: image)")
@@ -305,7 +319,11 @@ def _run_search(args: argparse.Namespace) -> None:
 
 def _classify(verbs: Verbs) -> None:
     parser = _verb(
-        verbs, "classify", "zero-shot scores of images, without any training on labels", "classify bundle chest.png", _run_classify
+        verbs,
+        "classify",
+        "zero-shot scores of images, without any training on labels",
+        "classify bundle chest.png",
+        _run_classify,
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("images", type=Path, nargs="+")

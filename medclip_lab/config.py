@@ -8,6 +8,7 @@ import dataclasses
 import re
 import typing
 from difflib import get_close_matches
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,9 +59,7 @@ def parser(kind: type) -> ArgumentParser:
 
 def shipped(name: str) -> Path:
     """A file of the package's own `configs`, as `demo.yaml` or `labelsets/chexpert14.yaml`."""
-    import medclip_lab.configs
-
-    return Path(str(medclip_lab.configs.__path__[0])) / name
+    return Path(str(files("medclip_lab.configs"))) / name
 
 
 def _build(kind: type[C], values: dict[str, Any], place: Any) -> C:

@@ -1,6 +1,7 @@
 """Ranks and the collectives between them: the only file that knows of other processes."""
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,26 +22,32 @@ class _Gather(torch.autograd.Function):
     """All-gather along the first axis whose backward hands every rank the sum of the gradients of its rows."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, local: Tensor) -> Tensor:
-        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, local)
-        return torch.cat(parts)
+    def forward(ctx: Any, local: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes = sizes
+        # Collectives want equal shapes: pad to the longest share, and cut again.
+        padded = local.new_zeros(max(sizes), *local.shape[1:])
+        padded[: len(local)] = local
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         # Every rank computed the loss of the whole batch. The sum over ranks is W times the gradient of that loss,
         # and averaging over ranks, as DDP does with the parameters, takes the W away again.
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+        return gradient.split(ctx.sizes)[dist.get_rank()], None
 
 
 def gather(local: Tensor) -> Tensor:
-    """Rows of all ranks in the order of ranks, [W * B, ...] from [B, ...] each; differentiable.
+    """Rows of all ranks in the order of ranks, [sum of B, ...] from [B, ...] each; differentiable.
 
-    All ranks must bring the same shape. Without a process group the tensor itself comes back.
+    Shares may differ in B. Without a process group the tensor itself comes back.
     """
     if world_size() == 1:
         return local
-    gathered: Tensor = _Gather.apply(local.contiguous())
+    sizes = [torch.zeros(1, dtype=torch.int64, device=local.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(local)], device=local.device))
+    gathered: Tensor = _Gather.apply(local.contiguous(), [int(size) for size in sizes])  # type: ignore[no-untyped-call]
     return gathered

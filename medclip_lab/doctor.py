@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, distributions, requires, ve
 from pathlib import Path
 from typing import Any
 
-import medclip_lab
+from medclip_lab.version import __version__
 
 PACKAGES = (
     "torch",
@@ -42,7 +42,7 @@ def examine(folder: Path) -> dict[str, Any]:
     """Versions, devices, CUDA majors, faiss packages, free disk at `folder`; and "problems", a line each."""
     problems: list[str] = []
     facts: dict[str, Any] = {
-        "medclip_lab": medclip_lab.__version__,
+        "medclip_lab": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_name(),
@@ -64,7 +64,9 @@ def examine(folder: Path) -> dict[str, Any]:
     for name in installed:
         facts["cuda_majors"][name] = major = CUDA_OF_FAISS.get(name)
         if major and cuda and major != facts["cuda_majors"]["torch"]:
-            problems.append(f"{name} is built for CUDA {major} and torch for CUDA {cuda}: use faiss-gpu-cuvs with CUDA 13")
+            problems.append(
+                f"{name} is built for CUDA {major} and torch for CUDA {cuda}: use faiss-gpu-cuvs with CUDA 13"
+            )
     free = shutil.disk_usage(folder).free / 2**30
     facts["free_disk_gib"] = round(free, 1)
     if free < 5:

@@ -1,4 +1,4 @@
-"""Encoded images to 8-bit pixels. Decoders are chosen by suffix from a short list, and sizes checked before decoding."""
+"""Encoded images to 8-bit pixels: decoders by suffix from a short list, sizes checked before decoding."""
 
 import io
 import warnings

@@ -1,11 +1,37 @@
-"""draft"""
+"""The fourteen CheXpert observations read from report text by rules that know negation and doubt, and from MeSH terms.
+
+What the rules decide (the words are in `label_rules`):
+
+* A mention is present, absent after a negation ("no", "without", "free of", "is not seen", "has resolved", "removal
+  of") or uncertain after a doubt. Doubt is "possible", "may", "suggests", "concerning for", "cannot exclude", and also
+  "likely", "probable", "unlikely" and the members of "A or B", "A versus B", "A/B". "Consistent with" and "compatible
+  with" are present. Within a sentence and over sentences present wins over uncertain, uncertain over absent.
+* "No large effusion", "no acute fracture", "no new opacity" are absent; "no change in" and "not increased" negate
+  nothing; "history of", "rule out", "to exclude", "evaluate for", "if ..." mention nothing.
+* Normal organs deny: lungs clear or normal -> Lung Opacity, Consolidation; heart -> Cardiomegaly; mediastinum ->
+  Enlarged Cardiomediastinum; cardiomediastinum -> both; pulmonary vessels -> Edema (their congestion is Edema); pleural
+  spaces -> Pleural Effusion, Pneumothorax; costophrenic sulci -> Pleural Effusion; bones intact -> Fracture. One clear
+  lung denies nothing. At the upper limit of normal is normal; "borderline" is uncertain.
+* Granuloma counts as Lung Lesion, scarring as Lung Opacity (of the pleura: Pleural Other), airspace disease and
+  infiltrate as Lung Opacity only, congestion and heart failure as Edema, sternotomy as Support Devices. Blunting of a
+  costophrenic angle is an uncertain Pleural Effusion. Nothing is inherited: Pneumonia does not set Lung Opacity.
+* A sentence of global normality ("no acute cardiopulmonary abnormality", "normal chest", "no active disease") sets No
+  Finding, "probably normal" to uncertain, unless it names something present or uncertain itself; it sets no absences.
+  Clear lungs alone do not. "Abnormal chest" sets it to absent.
+"""
+
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from medclip_lab.data import label_rules as rules
 from medclip_lab.data.findings import ABSENT, CHEXPERT14, NO_FINDING, PRESENT, SUPPORT_DEVICES, UNCERTAIN, Labels
 from medclip_lab.data.report import parse_sections, split_sentences
+
+READ_SECTIONS = ("findings", "impression")
+"""The sections that speak of the image; the others ask, compare or recommend."""
 
 
 @dataclass(slots=True)
@@ -13,219 +39,378 @@ class _Mention:
     start: int
     end: int
     labels: tuple[str, ...]
-    state: str = ""  # "", "no", "unsure", "skip"
+    state: str = ""
+    """Empty for present, or the kind of the cue that holds: "no", "unsure", "skip"."""
+
+
+class _Cue(NamedTuple):
+    kind: str
+    start: int
+    end: int
+
+
+class _Event(NamedTuple):
+    """An organ, a state or a boundary, on the way through a sentence."""
+
+    start: int
+    end: int
+    kind: str
+    name: str
 
 
 def label_sentence(sentence: str) -> dict[str, int]:
+    """The observations that one sentence mentions: 1 present, 0 absent, -1 uncertain; the rest is left out."""
     text = " ".join(sentence.lower().split())
-    cues = [(m.lastgroup or "", m.start(), m.end()) for m in rules.CUE.finditer(text)]
-    mentions = [_Mention(m.start(), m.end(), rules.LABELS_OF[m.lastgroup or ""]) for m in rules.MENTION.finditer(text)]
-    normal, states = _organ_states(text)
-    mentions = sorted(mentions + states, key=lambda m: m.start)
-    _apply_cues(text, mentions, cues)
+    mentions = [_Mention(m.start(), m.end(), rules.LABELS_OF[str(m.lastgroup)]) for m in rules.MENTION.finditer(text)]
+    denied, states = _organ_states(text)
+    if states:
+        mentions = sorted([*mentions, *states], key=lambda mention: mention.start)
+    if mentions:
+        _apply_cues(text, mentions, [_Cue(str(m.lastgroup), m.start(), m.end()) for m in rules.CUE.finditer(text)])
     found: dict[str, set[int]] = {}
-    for m in mentions:
-        if m.state == "skip":
-            continue
-        for label in m.labels:
-            value = ABSENT if m.state == "no" else UNCERTAIN if m.state == "unsure" or label.endswith(rules.HEDGED) else PRESENT
-            found.setdefault(label.rstrip(rules.HEDGED), set()).add(value)
-    for label in normal:
-        found.setdefault(label, set()).add(ABSENT)
-    labels = {label: combine(values) for label, values in found.items()}
-    for label, value in _global(text).items():
-        if label != NO_FINDING:
-            labels.setdefault(label, value)
-        elif not any(v != ABSENT for n, v in labels.items() if n != SUPPORT_DEVICES):
-            labels[label] = value
-    return {name: labels[name] for name in CHEXPERT14 if name in labels}
+    for mention in mentions:
+        for label in mention.labels if mention.state != "skip" else ():
+            name = label.removesuffix(rules.HEDGED)
+            doubt = mention.state == "unsure" or name != label
+            value = ABSENT if mention.state == "no" else UNCERTAIN if doubt else PRESENT
+            found.setdefault(name, set()).add(value)
+    no_finding, bones_normal = _global_normality(text)
+    for name in (*denied, *([rules.FRACTURE] if bones_normal else [])):
+        found.setdefault(name, set()).add(ABSENT)
+    labels = {name: _strongest(found[name]) for name in CHEXPERT14 if name in found}
+    if no_finding is not None and all(value == ABSENT for name, value in labels.items() if name != SUPPORT_DEVICES):
+        labels = {NO_FINDING: no_finding} | labels
+    return labels
 
 
-def combine(values):
-    return PRESENT if PRESENT in values else UNCERTAIN if UNCERTAIN in values else ABSENT
+def label_report(report: str | Mapping[str, str] | Iterable[str]) -> dict[str, int | None]:
+    """All fourteen observations of a report: 1, 0, -1, or None where it says nothing.
 
-
-def _global(text):
-    out = {}
-    for m in rules.NO_ABNORMALITY.finditer(text):
-        site = m["site"]
-        bone = rules.BONE_SITE.search(site)
-        if bone:
-            out["Fracture"] = ABSENT
-        g = rules.GLOBAL_SITE.findall(site)
-        if [s for s in g if s not in ("cardiac", "pleural")] or (not bone and not site and not _organ_before(text, m.start())) or len(set(g)) > 1:
-            out[NO_FINDING] = PRESENT
-    if rules.NORMAL_STUDY.search(text):
-        out[NO_FINDING] = PRESENT
-    return out
-
-
-def _organ_before(text, pos):
-    seg = text[:pos]
-    seg = re.split(r"[;,]|\bbut\b|\bwith\b", seg)[-1]
-    return bool(rules.ORGAN.search(seg))
-
-
-_BOUNDARY = re.compile(r"[;:]|\. |\b(?:but|however|although|with|without|which|while|except)\b")
-
-
-def _organ_states(text):
-    events = [(m.start(), m.end(), "organ", m.lastgroup) for m in rules.ORGAN.finditer(text)]
-    if not events:
-        return [], []
-    events += [(m.start(), m.end(), "state", m.lastgroup) for m in rules.STATE.finditer(text)]
-    events += [(m.start(), m.end(), "end", "") for m in _BOUNDARY.finditer(text)]
-    for m in rules.NO_ABNORMALITY.finditer(text):
-        if not m["site"]:
-            events.append((m.start(), m.end(), "state", "normal"))
-    events.sort()
-    normal, mentions = [], []
-    waiting = []  # organs before
-    attributive = None
-    last_end = 0
-    for start, end, kind, name in events:
-        if start < last_end and kind == "state":
-            continue
-        if kind == "end":
-            waiting, attributive = [], None
-        elif kind == "organ":
-            if attributive is not None:
-                _say(attributive, [(start, end, name)], normal, mentions, text)
-            else:
-                waiting.append((start, end, name))
-        else:
-            comma = re.search(r"(?:^|,|\band) ?(?:the |a |an |mildly |mild |stable |grossly |otherwise )*$", text[:start])
-            allowed = rules.ORGANS_OF_STATE.get(name)
-            subject = waiting if not (comma and not re.search(r"(?:is|are|appears?|remains?|be) *$", text[:start]) and rules.ORGAN.match(text[end:].lstrip())) else []
-            if subject:
-                _say((start, end, name), subject, normal, mentions, text)
-                waiting, attributive = [], None
-            else:
-                attributive = (start, end, name) if not re.search(r"\b(?:is|are|appears?|remains?)(?: \w+){0,2} $", text[:start]) else None
-                waiting = []
-        last_end = max(last_end, end)
-    return normal, mentions
-
-
-def _say(state, organs, normal, mentions, text):
-    start, end, name = state
-    allowed = rules.ORGANS_OF_STATE.get(name)
-    for ostart, oend, organ in organs:
-        if allowed is not None and organ not in allowed:
-            continue
-        if name in ("normal", "clear", "intact"):
-            normal.extend(rules.ABSENT_IF_NORMAL[organ])
-        elif name == "limit":
-            if organ == "heart":
-                mentions.append(_Mention(start, end, (rules.CM + "?",)))
-        elif name == "enlarged":
-            word = text[start:end]
-            if organ in ("heart", "cardiomediastinum", "mediastinum") and word.startswith(("engorg", "congest", "indist", "accent", "increased", "dilat", "full")) and word != "increased in size":
-                continue
-            if organ == "vessels" and word.startswith(("large", "big", "full")):
-                continue
-            labels = rules.PRESENT_IF_ABNORMAL.get(organ, ())
-            if labels:
-                mentions.append(_Mention(start, end, labels))
-
-
-def _apply_cues(text, mentions, cues):
-    for m in mentions:
-        m.state = _forward(text, m, cues)
-    for i in range(len(mentions) - 1):
-        a, b = mentions[i], mentions[i + 1]
-        if a.labels == b.labels or not a.labels or not b.labels:
-            continue
-        gap = text[a.end:b.start]
-        if rules.CHOICE.match(gap) and not rules.VERB.search(gap):
-            for x in (a, b):
-                if x.state == "" and not (SUPPORT_DEVICES in x.labels):
-                    x.state = "unsure"
-    for name, start, end in cues:
-        if name not in ("no_post", "unsure_post") and not (name == "unsure" and text[start:end].startswith(("versus", "vs"))):
-            continue
-        before = [i for i, m in enumerate(mentions) if m.end <= start]
-        if not before:
-            continue
-        i = before[-1]
-        if any(n in ("end",) and mentions[i].end <= s and e <= start for n, s, e in cues):
-            continue
-        if "," in text[mentions[i].end:start].rstrip(", "):
-            continue
-        group = [i]
-        if name != "unsure":
-            while i > 0 and rules.LISTED.match(text[mentions[i-1].end:mentions[i].start]) and not rules.VERB.search(text[mentions[i-1].end:mentions[i].start]):
-                i -= 1
-                group.append(i)
-        for j in group:
-            if name == "no_post":
-                if mentions[j].state != "skip":
-                    mentions[j].state = "no"
-            elif mentions[j].state != "skip" and (name == "unsure_post" or mentions[j].state != "no"):
-                mentions[j].state = "unsure"
-
-
-def _forward(text, mention, cues):
-    state, at = "", 0
-    for name, start, end in cues:
-        if start >= mention.start or (end > mention.start and start < mention.start and name == "end"):
-            break
-        if name == "end":
-            state = ""
-        elif name in ("no", "unsure", "skip"):
-            if state == "no" and name == "unsure" and not rules.CONNECTOR.search(text[at:start]):
-                continue
-            state, at = name, end
-    if not state:
-        return ""
-    between = text[at:mention.start]
-    last = None
-    for last in re.finditer(r",|\band\b", between):
-        seg = between[last.end():]
-        listed = re.search(r"\bor\b", text[at:mention.start + 60].split(";")[0][last.end():])
-        if last.group() == "and":
-            if rules.FRESH_START.match(seg) or rules.VERB.search(seg.split(",")[0]):
-                return ""
-        else:
-            if rules.VERB.search(seg):
-                return ""
-            if rules.FRESH_START.match(seg) and not listed:
-                return ""
-            if state in ("unsure", "skip") and not listed:
-                return ""
-    return state
-
-
-def label_report(report):
+    Args:
+        report: sections as `parse_sections` gives them, of which findings and impression are read; or the whole text;
+            or sentences that are all to be read.
+    """
     if isinstance(report, str):
         report = parse_sections(report)
     if isinstance(report, Mapping):
-        sents = [s for sec in ("findings", "impression") for s in split_sentences(report.get(sec, ""))]
-    else:
-        sents = list(report)
-    return aggregate(label_sentence(s) for s in sents)
+        return combine_labels(entry["labels"] for entry in labelled_sentences(report))
+    return combine_labels(map(label_sentence, report))
 
 
-def aggregate(sentences):
-    found = {}
+def labelled_sentences(sections: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The sentences of findings and impression as {"text": str, "labels": {name: value}}, as a shard holds them."""
+    sentences = (sentence for section in READ_SECTIONS for sentence in split_sentences(sections.get(section, "")))
+    return [{"text": sentence, "labels": label_sentence(sentence)} for sentence in sentences]
+
+
+def combine_labels(sentences: Iterable[Labels]) -> dict[str, int | None]:
+    """Labels of a report from those of its sentences: present over uncertain over absent over None.
+
+    No Finding is what follows from the other twelve pathologies (not Support Devices), as in CheXpert: 1 if none is
+    present or uncertain and the report denies one or states normality. Where CheXpert leaves it blank we say more: 0 if
+    one is present (or the study is called abnormal), -1 if one is uncertain and none present (or the study is called
+    probably normal). None if the report says nothing of any. What is none of the twelve (emphysema) does not count.
+    """
+    found: dict[str, set[int]] = {}
     for labels in sentences:
-        for k, v in labels.items():
-            found.setdefault(k, set()).add(v)
-    stated = found.pop(NO_FINDING, None) is not None
-    out = {name: combine(found[name]) if name in found else None for name in CHEXPERT14}
-    vals = {v for n, v in out.items() if n not in (NO_FINDING, SUPPORT_DEVICES)}
-    out[NO_FINDING] = 0 if 1 in vals else -1 if -1 in vals else 1 if stated or 0 in vals else None
-    return out
+        for name, value in labels.items():
+            if value is not None:
+                found.setdefault(name, set()).add(value)
+    stated = found.pop(NO_FINDING, set())
+    report = {name: _strongest(found[name]) if name in found else None for name in CHEXPERT14}
+    values = {value for name, value in report.items() if name not in (NO_FINDING, SUPPORT_DEVICES)}
+    if PRESENT in values or ABSENT in stated:
+        report[NO_FINDING] = ABSENT
+    elif UNCERTAIN in values or stated == {UNCERTAIN}:
+        report[NO_FINDING] = UNCERTAIN
+    elif stated or ABSENT in values:
+        report[NO_FINDING] = PRESENT
+    return report
 
 
-def mesh_labels(terms):
-    out = {}
-    terms = [t.strip().lower() for t in terms]
-    terms = [t for t in terms if t and not t.startswith(rules.MESH_SILENT)]
-    for t in terms:
-        for p, labels in rules.MESH:
-            if p.match(t):
-                for l in labels: out[l] = 1
-    if terms and not set(out) - {SUPPORT_DEVICES}:
-        out[NO_FINDING] = 1
-    return out
+def _strongest(values: set[int]) -> int:
+    return next(value for value in (PRESENT, UNCERTAIN, ABSENT) if value in values)
+
+
+# --------------------------------------------------------------------------------------------------------- normality
+_COPULA = re.compile(r"(?<!there )\b(?:is|are|appears?|remains?|be)(?: \w+)? $")
+_NEGATED = re.compile(r"\b(?:not|no|nor)(?: \w+)? $")
+_ORGAN_BOUNDARY = re.compile(
+    r"[;.] |\b(?:but|however|although|with|without|which|while|except|otherwise(?= \w+ \w+))\b"
+)
+_TO_ORGAN = re.compile(r"(?: of)?(?: the)?(?: (?!and |or |but |to )\w+){0,2} ")
+_SAME_SUBJECT = re.compile(r"(?: in (?:size|contour|\w+ and \w+))?,? ?(?:to|or|and|but)(?: \w+){0,2} ")
+_VERB_NEXT = re.compile(r"(?: \w+){0,3}? (?:is|are|was|were|has|have|appears?|remains?)\b")
+
+
+def _global_normality(text: str) -> tuple[int | None, bool]:
+    """What the sentence says of No Finding, and whether it calls the bones normal."""
+    if rules.ABNORMAL_STUDY.search(text):
+        return ABSENT, False
+    says, bones = rules.NORMAL_STUDY.search(text), False
+    for match in rules.NO_ABNORMALITY.finditer(text):
+        sites = set(rules.CHEST_SITE.findall(match["site"]))
+        bony = bool(rules.BONE_SITE.search(match.group()))
+        bones |= bony
+        if sites:  # one organ is not the chest, and "thoracic bony" is bony
+            chest = len(sites) > 1 or not sites <= ({"thoracic", "chest"} if bony else {"cardiac", "pleural"})
+        else:  # "the lungs show no abnormality" speaks of the lungs
+            clause = re.split(r"[;,]|\bbut\b|\bwith\b", text[: match.start()])[-1]
+            chest = not bony and "soft" not in match["site"] and not rules.ORGAN.search(clause)
+        says = match if chest else says
+    if not says:
+        return None, bones
+    return UNCERTAIN if rules.DOUBT_BEFORE.search(text[: says.start()][-40:]) else PRESENT, bones
+
+
+def _organ_states(text: str) -> tuple[list[str], list[_Mention]]:
+    """What adjectives say of organs: the labels that normality denies, and mentions of what is enlarged or congested.
+
+    An adjective takes the organs before it ("heart and mediastinum are normal"), or those that follow it at once
+    ("normal heart size and mediastinum").
+    """
+    events = [_Event(m.start(), m.end(), "organ", str(m.lastgroup)) for m in rules.ORGAN.finditer(text)]
+    if not events:
+        return [], []
+    events += [_Event(m.start(), m.end(), "state", str(m.lastgroup)) for m in rules.STATE.finditer(text)]
+    events += [_Event(m.start(), m.end(), "end", "") for m in _ORGAN_BOUNDARY.finditer(text)]
+    events += [
+        _Event(m.start(), m.end(), "state", "normal") for m in rules.NO_ABNORMALITY.finditer(text) if not m["site"]
+    ]
+    events.sort()
+    denied: list[str] = []
+    mentions: list[_Mention] = []
+    waiting: list[_Event] = []  # organs that no adjective has taken yet
+    taken: list[_Event] = []  # the organs of the last adjective, for a second one: "normal or mildly enlarged"
+    adjective: _Event | None = None  # one that stands before its organs
+    last = 0  # where the last organ or state that counts ends
+
+    def say(state: _Event, organs: list[_Event]) -> None:
+        for organ in organs:
+            if state.name in rules.NORMAL_STATES:
+                if organ.name in rules.NORMAL_STATES[state.name] and not _NEGATED.search(
+                    text[max(0, state.start - 40) : state.start]
+                ):
+                    denied.extend(rules.ABSENT_IF_NORMAL[organ.name])
+            elif labels := rules.PRESENT_IF.get((state.name, organ.name)):
+                mentions.append(_Mention(state.start, state.end, labels))
+
+    for number, event in enumerate(events):
+        if event.kind == "end":
+            waiting, taken, adjective = [], [], None
+        elif event.kind == "organ":
+            gap = text[last : event.start]
+            starts_clause = bool(adjective and last > adjective.end and _VERB_NEXT.match(text, event.end))
+            if adjective and gap.count(" ") <= 5 and not starts_clause and not rules.VERB.search(gap):
+                say(adjective, [event])
+                taken.append(event)
+            else:
+                adjective = None
+                waiting.append(event)
+            last = event.end
+        else:
+            before = text[max(0, event.start - 40) : event.start]
+            following = next((later for later in events[number + 1 :] if later.kind != "state"), None)
+            organ_next = (
+                following is not None
+                and following.kind == "organ"
+                and _TO_ORGAN.fullmatch(text, event.end, following.start)
+            )
+            if organ_next and (text.startswith(" of ", event.end) or not _COPULA.search(before)):
+                if event.name == "neutral":
+                    continue  # "stable cardiac enlargement"
+                adjective, waiting, taken = event, [], []
+            elif waiting and not (before.endswith(", ") and event.name not in rules.NORMAL_STATES):
+                say(event, waiting)
+                adjective, waiting, taken = None, [], waiting
+            elif taken and adjective is None and _SAME_SUBJECT.fullmatch(text[last : event.start]):
+                say(event, taken)
+            last = event.end
+    return denied, mentions
+
+
+# --------------------------------------------------------------------------------------------------------------- cues
+_ALTERNATIVE = re.compile(r"\bor\b")
+_JOINT = re.compile(r",|\band\b")
+
+
+def _apply_cues(text: str, mentions: list[_Mention], cues: list[_Cue]) -> None:
+    """Set the state of every mention: cues before it, then alternatives, then cues after it, which know best."""
+    for mention in mentions:
+        mention.state = _state_from_before(text, mention, cues)
+    for first, second in pairwise(mentions):
+        gap = text[first.end : second.start]
+        differ = first.labels and second.labels and first.labels != second.labels
+        if differ and rules.CHOICE.fullmatch(gap) and not rules.VERB.search(gap):
+            for mention in (first, second):
+                if not mention.state and SUPPORT_DEVICES not in mention.labels:
+                    mention.state = "unsure"
+    for cue in cues:
+        trailing = cue.kind == "unsure" and _looks_back(text, mentions, cue)
+        if trailing or cue.kind == "versus" or cue.kind.endswith("_post"):
+            _apply_backward(text, mentions, cues, cue)
+
+
+def _looks_back(text: str, mentions: list[_Mention], cue: _Cue) -> bool:
+    """Whether a doubt ends its clause ("small effusion suspected") and so speaks of what stands before it."""
+    return not any(mention.end > cue.end for mention in mentions) and not re.match(r" \w+ \w", text[cue.end :])
+
+
+def _state_from_before(text: str, mention: _Mention, cues: list[_Cue]) -> str:
+    """The cue that reaches `mention` from the left, by kind; empty if none does."""
+    active: _Cue | None = None
+    for cue in cues:
+        if cue.start >= mention.start:
+            break
+        if cue.kind == "end":
+            active = None
+        elif cue.kind in ("unsure", "unsure_list", "versus"):
+            # "No opacity to suggest pneumonia" stays a negation, "no effusion, possible pneumonia" does not.
+            negated = active is not None and active.kind in ("no", "skip") and _reaches(text, active, cue.start)
+            if active is None or not negated or _leads(text, active, cue):
+                active = cue
+        elif cue.kind in ("no", "skip"):
+            active = cue
+    if active is None or not _reaches(text, active, mention.start):
+        return ""
+    return active.kind if active.kind in ("no", "skip") else "unsure"
+
+
+def _leads(text: str, negation: _Cue, doubt: _Cue) -> bool:
+    """Whether a doubt opens a new member of the enumeration after a negation."""
+    joints = list(_JOINT.finditer(text, negation.end, doubt.start))
+    lead = text[joints[-1].end() : doubt.start].split() if joints else None
+    return lead is not None and len(lead) <= 2 and lead[:1] not in (["or"], ["nor"])
+
+
+def _reaches(text: str, cue: _Cue, position: int) -> bool:
+    """Whether the scope of `cue` goes on to `position`, over the commas and "and"s between."""
+    for joint in _JOINT.finditer(text, cue.end, position):
+        member = text[joint.end() : position]
+        fresh = rules.FRESH_START.match(member)
+        if joint.group() == "and":
+            if (fresh and not fresh["side"]) or rules.VERB.search(member.partition(",")[0]):
+                return False
+        else:
+            listed = _ALTERNATIVE.search(text[joint.end() : position + 60].partition(";")[0])
+            if rules.VERB.search(member) or (fresh and not listed):
+                return False
+            if cue.kind not in ("no", "unsure_list") and not listed:
+                return False
+    return True
+
+
+def _apply_backward(text: str, mentions: list[_Mention], cues: list[_Cue], cue: _Cue) -> None:
+    """Give the mentions that `cue` looks back at their state: the nearest one, and those listed with it."""
+    nearest = max((i for i, mention in enumerate(mentions) if mention.end <= cue.start), default=None)
+    if nearest is None or "," in text[mentions[nearest].end : cue.start].rstrip(", "):
+        return
+    end = mentions[nearest].end
+    if any(
+        other.kind == "end" and end <= other.start < cue.start and text[other.start :][:4] != "with" for other in cues
+    ):
+        return
+    group = [mentions[nearest]]
+    closed = False  # a list ends in "and" or "or"; only then do the commas before it go on with it
+    while cue.kind != "versus" and nearest > 0:
+        gap = text[mentions[nearest - 1].end : mentions[nearest].start]
+        joined = rules.LISTED.fullmatch(gap)
+        closed |= bool(joined and joined["joint"])
+        same = (
+            mentions[nearest - 1].labels == mentions[nearest].labels and "," not in gap
+        )  # "lines compatible with edema"
+        if rules.VERB.search(gap) or not (same or (joined and closed)):
+            break
+        nearest -= 1
+        group.append(mentions[nearest])
+    for mention in group:
+        if mention.state == "skip":
+            continue
+        if cue.kind in ("no_post", "skip_post"):
+            mention.state = cue.kind.removesuffix("_post")
+        elif cue.kind == "unsure_post" or mention.state != "no":
+            mention.state = "unsure"
+
+
+# --------------------------------------------------------------------------------------------------------------- MeSH
+def mesh_labels(terms: Iterable[str]) -> dict[str, int]:
+    """Positive labels of Open-i MeSH terms such as "Pleural Effusion/right/small"; nothing is ever 0 or -1.
+
+    No Finding is 1 where a report was indexed and none of its terms is one of the twelve pathologies: "normal", but
+    also a report that has only degenerative vertebrae, as CheXpert would have it. "No Indexing" gives no label.
+    """
+    known = (" ".join(term.lower().split()) for term in terms)
+    indexed = [term for term in known if term and not term.startswith(rules.MESH_SILENT)]
+    found = {label for term in indexed for pattern, labels in rules.MESH if pattern.match(term) for label in labels}
+    if indexed and not found - {SUPPORT_DEVICES}:
+        found.add(NO_FINDING)
+    return {name: PRESENT for name in CHEXPERT14 if name in found}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How the rules agree with the MeSH terms on one label.
+
+    The indexers had no word for doubt and indexed "possible pneumonia" or its opacity as they saw fit, so an uncertain
+    label counts as positive in `precision`, `recall` and `f1`; the `strict` figures count it as negative.
+    """
+
+    label: str
+    mesh: int
+    present: int
+    uncertain: int
+    absent: int
+    both: int
+    """Positive in MeSH and present or uncertain by the rules."""
+    both_strict: int
+    """Positive in MeSH and present by the rules."""
+
+    @property
+    def precision(self) -> float:
+        return self.both / max(1, self.present + self.uncertain)
+
+    @property
+    def recall(self) -> float:
+        return self.both / max(1, self.mesh)
+
+    @property
+    def f1(self) -> float:
+        return 2 * self.both / max(1, self.mesh + self.present + self.uncertain)
+
+    @property
+    def f1_strict(self) -> float:
+        return 2 * self.both_strict / max(1, self.mesh + self.present)
+
+
+def agreement(pairs: Iterable[tuple[Labels, Mapping[str, int]]]) -> list[Agreement]:
+    """Rules against MeSH, a row a label. `pairs`: labels of a report by the rules, and `mesh_labels` of its terms.
+
+    Reports without any MeSH label (not indexed) are left out by this function.
+    """
+    kept = [(rules_say, mesh) for rules_say, mesh in pairs if mesh]
+    rows = []
+    for name in CHEXPERT14:
+        values = [(rules_say.get(name), mesh.get(name) == PRESENT) for rules_say, mesh in kept]
+        rows.append(
+            Agreement(
+                label=name,
+                mesh=sum(positive for _, positive in values),
+                present=sum(value == PRESENT for value, _ in values),
+                uncertain=sum(value == UNCERTAIN for value, _ in values),
+                absent=sum(value == ABSENT for value, _ in values),
+                both=sum(positive and value in (PRESENT, UNCERTAIN) for value, positive in values),
+                both_strict=sum(positive and value == PRESENT for value, positive in values),
+            )
+        )
+    return rows
+
+
+def agreement_table(rows: Iterable[Agreement]) -> str:
+    """The rows as text for people."""
+    lines = [f"{'label':27}{'MeSH':>6}{'1':>6}{'-1':>6}{'0':>6}{'prec':>7}{'recall':>7}{'F1':>7}{'F1 of 1':>9}"]
+    lines += [
+        f"{row.label:27}{row.mesh:6}{row.present:6}{row.uncertain:6}{row.absent:6}"
+        f"{row.precision:7.2f}{row.recall:7.2f}{row.f1:7.2f}{row.f1_strict:9.2f}"
+        for row in rows
+    ]
+    return "\n".join(lines)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from webdataset.filters import _shuffle as shuffle_buffer
 
 from medclip_lab.data.decode import DecodeError, decode_image
 from medclip_lab.data.findings import CHEXPERT14
@@ -26,6 +27,7 @@ from medclip_lab.data.tokenizer import Tokenizer
 from medclip_lab.errors import UserError
 
 Batch = dict[str, Any]
+Rarity = dict[tuple[str, int], float]
 
 
 @dataclass
@@ -37,6 +39,13 @@ class SourceConfig:
     split: str = "train"
     weight: float = 1.0
     """Share of each batch, relative to the other sources."""
+    balance: float = 0.0
+    """How much rare labels are favoured: a study is drawn as often as the commonest label, over its own rarest present
+    one, to this power. 0 takes studies as they come, 1 gives all labels the same share. Sentences are chosen alike."""
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0 or not 0 <= self.balance <= 1:
+            raise ValueError(f"weight must be positive and balance in [0, 1], got {self.weight} and {self.balance}")
 
 
 @dataclass
@@ -51,9 +60,6 @@ class TextConfig:
     """Sentences of the report, at random."""
     sentences: int = 1
     """How many sentences make one text, at most."""
-    balance: float = 0.0
-    """Sentences are drawn with the frequency of their labels to the power of minus this: 0 as they come, 1 all labels
-    alike. It looks at the study at hand and at the label counts of the manifest."""
 
     def __post_init__(self) -> None:
         if min(self.report, self.impression, self.findings, self.sentence) < 0 or self.sentences < 1:
@@ -96,7 +102,9 @@ class DataConfig:
         total = sum(source.weight for source in self.sources.values())
         exact = {name: self.batch_size * source.weight / total for name, source in self.sources.items()}
         shares = {name: math.floor(value) for name, value in exact.items()}
-        for name in sorted(exact, key=lambda name: shares[name] - exact[name])[: self.batch_size - sum(shares.values())]:
+        for name in sorted(exact, key=lambda name: shares[name] - exact[name])[
+            : self.batch_size - sum(shares.values())
+        ]:
             shares[name] += 1
         if min(shares.values()) == 0:
             raise UserError(f"data: batch_size {self.batch_size} is too small to hold a study of every source")
@@ -159,7 +167,11 @@ class BatchStream(IterableDataset[Batch]):
         }
         total = sum(shard.samples for shards in self.shards.values() for shard in shards)
         self.quarantine = Quarantine(total, config.max_bad, quarantine_path)
-        self.label_counts = _label_counts(config) if config.text.balance else {}
+        self.rarity = {
+            name: _rarity(Manifest.load(source.shards), source.balance)
+            for name, source in config.sources.items()
+            if source.balance
+        }
 
     def __len__(self) -> int:
         return self.steps - self.start
@@ -179,12 +191,29 @@ class BatchStream(IterableDataset[Batch]):
         epoch = 0
         while True:
             size = self.config.shuffle_size if self.training else 0
-            yield from epoch_of_studies(
+            studies = epoch_of_studies(
                 self.shards[name], epoch, self.rank, self.world_size, self.seed, self.quarantine, size
             )
             if not self.training:
+                yield from studies
                 return
+            yield from self._balanced(name, studies, epoch) if name in self.rarity else studies
             epoch += 1
+
+    def _balanced(self, name: str, studies: Iterator[dict[str, Any]], epoch: int) -> Iterator[dict[str, Any]]:
+        """Studies with rare labels several times, mixed again so that their copies do not follow each other."""
+        chance = random.Random(f"balance {name} {self.seed} {self.rank} {epoch}")
+        rarity = self.rarity[name]
+
+        def copies() -> Iterator[dict[str, Any]]:
+            for study in studies:
+                labels = study["json"].get("labels") or {}
+                times = max((rarity[label, 1] for label, value in labels.items() if value == 1), default=1.0)
+                for _ in range(int(times) + (chance.random() < times % 1)):
+                    yield study | {"rarity": rarity}
+
+        size = self.config.shuffle_size
+        yield from shuffle_buffer(copies(), bufsize=size, initial=size, rng=chance)
 
     def batch(self, studies: list[dict[str, Any]], step: int) -> Batch:
         """Decode, augment and tokenize the studies of a step; unusable images are quarantined and left out."""
@@ -204,7 +233,7 @@ class BatchStream(IterableDataset[Batch]):
                 image_labels.append(self._vector(record.get("labels") or {}))
                 image_ids.append(record["study_id"])
                 patients.append(record["patient_id"])
-            text, labels = self._text(record, chance)
+            text, labels = self._text(study, chance)
             if text:
                 texts.append(text)
                 text_labels.append(self._vector(labels))
@@ -228,8 +257,9 @@ class BatchStream(IterableDataset[Batch]):
         values = (labels.get(name) for name in self.config.labels)
         return [math.nan if value is None else float(value) for value in values]
 
-    def _text(self, record: dict[str, Any], chance: random.Random) -> tuple[str, dict[str, int | None]]:
+    def _text(self, study: dict[str, Any], chance: random.Random) -> tuple[str, dict[str, int | None]]:
         """One text of a study and the labels that this text states."""
+        record = study["json"]
         report, labels = record.get("text") or "", record.get("labels") or {}
         policy = self.config.text
         if not self.training:
@@ -238,23 +268,23 @@ class BatchStream(IterableDataset[Batch]):
         kind = chance.choices(kinds, [policy.report, policy.impression, policy.findings, policy.sentence])[0]
         sentences = record.get("sentences") or []
         if kind == "sentence" and sentences:
-            chosen = self._sentences(sentences, chance)
+            chosen = self._sentences(sentences, chance, study.get("rarity"))
             return " ".join(sentence["text"] for sentence in chosen), _merge(chosen)
         if kind in ("impression", "findings"):
             return (record.get("sections") or {}).get(kind) or report, labels
         return report, labels
 
-    def _sentences(self, sentences: list[dict[str, Any]], chance: random.Random) -> list[dict[str, Any]]:
+    def _sentences(
+        self, sentences: list[dict[str, Any]], chance: random.Random, rarity: Rarity | None
+    ) -> list[dict[str, Any]]:
         number = min(len(sentences), chance.randint(1, self.config.text.sentences))
-        if not self.label_counts:
+        if rarity is None:
             start = chance.randrange(len(sentences) - number + 1)
             return sentences[start : start + number]
+        # A sentence that states nothing counts as the commonest one.
         weights = [
-            max((self.label_counts.get(item, 1.0) for item in sentence["labels"].items()), default=0.0)
-            for sentence in sentences
+            max((rarity.get(item, 1.0) for item in sentence["labels"].items()), default=1.0) for sentence in sentences
         ]
-        if not any(weights):
-            weights = [1.0] * len(sentences)
         return chance.choices(sentences, weights, k=number)
 
 
@@ -278,15 +308,16 @@ def _merge(sentences: list[dict[str, Any]]) -> dict[str, int | None]:
     return merged
 
 
-def _label_counts(config: DataConfig) -> dict[tuple[str, int], float]:
-    """Weight of each (label, value): its count over all sources to the power of minus `balance`."""
-    counts: dict[tuple[str, int], float] = {}
-    for source in config.sources.values():
-        for name, states in Manifest.load(source.shards).facts.get("labels", {}).items():
-            for state, count in states.items():
-                if state != "null":
-                    counts[name, int(state)] = counts.get((name, int(state)), 0) + count
-    return {item: count**-config.text.balance for item, count in counts.items()}
+def _rarity(manifest: Manifest, balance: float) -> Rarity:
+    """(count of the commonest / count of this) to the power of `balance`, for each label and state of a manifest."""
+    counts = {
+        (name, int(state)): count
+        for name, states in manifest.facts.get("labels", {}).items()
+        for state, count in states.items()
+        if state != "null"
+    }
+    commonest = max(counts.values(), default=1)
+    return {item: (commonest / count) ** balance for item, count in counts.items()}
 
 
 def loader(stream: BatchStream) -> DataLoader[Batch]:

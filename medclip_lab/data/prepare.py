@@ -1,8 +1,6 @@
 """Source files to shards: which source, where the quarantine list lies, and what is reused."""
 
-import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,24 +41,24 @@ def prepare(
         raise UserError(f"out: {out} holds other shards: choose another folder, or remove it")
     (out / QUARANTINE).unlink(missing_ok=True)
     total, samples, quarantine = _open(source, max_bad, out / QUARANTINE, options)
-    found: list[str] = []
+    checks: list[tuple[dict[str, int | None], dict[str, int]]] = []
 
     def watched() -> Iterator[Sample]:
         for sample in progress.track(samples, f"prepare {source}", total):
+            if "mesh_labels" in sample.extra:
+                checks.append((sample.labels, sample.extra["mesh_labels"]))
             yield sample
-        if source == "openi":
-            found.extend(_mesh_check(out, mesh_pairs))
 
-    mesh_pairs: list[tuple[dict[str, int | None], dict[str, int]]] = []
-    if source == "openi":
-        samples = _remember(samples, mesh_pairs)
-    facts = {"request": request, "command": command}
-    manifest = write_shards(watched(), out, source, samples_per_shard, **facts)
+    manifest = write_shards(watched(), out, source, samples_per_shard, request=request, command=command)
     counts = ", ".join(f"{split} {number}" for split, number in manifest.facts["splits"].items())
     lines = [f"{out}: {manifest.facts['samples']} studies in {len(manifest.shards)} shards ({counts})"]
     if quarantine.causes:
         lines.append(f"{quarantine.summary()}, listed in {out / QUARANTINE}")
-    return manifest.facts, "\n".join([*lines, *found])
+    if checks:
+        from medclip_lab.data.labeller import agreement, agreement_table
+
+        lines += ["our label rules against the MeSH terms of the reports:", agreement_table(agreement(checks))]
+    return manifest.facts, "\n".join(lines)
 
 
 def _state_of(options: dict[str, Any]) -> dict[str, Any]:
@@ -75,8 +73,8 @@ def _state_of(options: dict[str, Any]) -> dict[str, Any]:
 
 def _open(
     source: str, max_bad: float, listed: Path, options: dict[str, Any]
-) -> tuple[int | None, Iterator[Sample], Quarantine]:
-    """Number of studies where it is known, the studies, and the quarantine they go to."""
+) -> tuple[int, Iterator[Sample], Quarantine]:
+    """Number of studies, the studies, and the quarantine they go to."""
     if source == "phantom":
         from medclip_lab.data.phantom import phantom_samples
 
@@ -90,14 +88,15 @@ def _open(
         quarantine = Quarantine(total, max_bad, listed)
         return total, nih_samples(options["folder"], quarantine), quarantine
     if source == "openi":
-        from medclip_lab.data.sources.openi import openi_samples
+        from medclip_lab.data.sources.openi import openi_samples, openi_total
 
-        quarantine = Quarantine(4000, max_bad, listed)
-        return None, openi_samples(options["path"], quarantine), quarantine
+        total = openi_total(options["path"])
+        quarantine = Quarantine(total, max_bad, listed)
+        return total, openi_samples(options["path"], quarantine), quarantine
     if source == "csv":
         from medclip_lab.data.sources.csv_pairs import csv_samples, csv_total
 
-        total = csv_total(options["path"])
+        total = csv_total(options["path"], options.get("study"))
         quarantine = Quarantine(total, max_bad, listed)
         samples = csv_samples(
             options["path"],

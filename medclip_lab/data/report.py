@@ -59,12 +59,14 @@ _PLACEHOLDERS = frozenset(
 )
 
 _SECTION_OF = {header: section for section, headers in SECTION_HEADERS.items() for header in headers}
-_ANY_HEADER = "|".join(re.escape(header).replace(r"\ ", r"[ \t]+") for header in sorted(_SECTION_OF, key=len, reverse=True))
-_AT_START = r"(?:^|(?<=\n)|(?<=[.!?;]))[ \t*#_]*"
+_ANY_HEADER = "|".join(
+    re.escape(header).replace(r"\ ", r"[ \t]+") for header in sorted(_SECTION_OF, key=len, reverse=True)
+)
+_AT_START = r"(?:^|(?<=\n)|(?<=[.!?;]))[ \t*#]*"
 # A header ends in a colon (any case where a line or sentence starts, capitalised elsewhere) or fills its own line.
 _HEADER = re.compile(
     rf"{_AT_START}(?P<colon>(?i:{_ANY_HEADER}))[ \t*]*:[ \t*]*"
-    rf"|(?:^|(?<=\n))[ \t*#_]*(?P<line>(?i:{_ANY_HEADER}))[ \t*]*(?=\r?\n)"
+    rf"|(?:^|(?<=\n))[ \t*#]*(?P<line>(?i:{_ANY_HEADER}))[ \t*]*(?=\r?\n)"
     rf"|(?<![\w/-])(?=[A-Z])(?P<inner>{_ANY_HEADER}|(?i:(?<=[ \t])(?:{_ANY_HEADER})))[ \t]*:[ \t]*"
 )
 
@@ -111,18 +113,20 @@ def report_text(sections: Mapping[str, str]) -> str:
 
 # No sentence ends after these, whatever follows.
 _NEVER_LAST = frozenset(
-    "dr mr mrs ms prof vs cf approx e.g i.e eg ie fig viz incl resp st mt jr sr a.k.a w.r.t".split()
+    {"dr", "mr", "mrs", "ms", "prof", "vs", "cf", "approx", "e.g", "i.e", "eg", "ie", "fig", "viz", "incl", "resp"}
 )
 # No sentence ends after these if a lower-case letter or a digit follows.
 _SELDOM_LAST = frozenset(
-    "etc a.m p.m m.d no nos yr yrs hr hrs wk wks mo mos min max ext int lat ant post inf sup rt lt bilat "
-    "ca pt hx dx tx rx fx s.p h.o r.o c.w dept hosp vol".split()
+    {"etc", "a.m", "p.m", "m.d", "no", "nos", "yr", "yrs", "hr", "hrs", "wk", "wks", "mo", "mos", "min", "max"}
+    | {"ext", "lat", "ant", "post", "inf", "sup", "rt", "lt", "bilat", "ca", "pt", "hx", "dx", "tx", "rx", "dept"}
 )
 _NUMBER = r"\(?(\d{1,2})(?:\.\)?|\))"  # of a list: "1.", "1)", "(1)", "1.)"
 _LIST_NUMBER = re.compile(rf"{_NUMBER}(?:\s+|(?=[^\W\d_]))(?!$)")
-_BULLET = re.compile(r"[-*•–]\s+")
+_BULLET = re.compile(r"(?:[-*•–]|[.,;:!]+)\s+")  # also stops that were left over: "clear. . Normal"
 # Where a sentence may end: closing punctuation, the end of a line, or the blank before a number that goes on a list.
-_CANDIDATE = re.compile(rf"(?<=\S)[.?!]+[\"')\]]*(?=\s|$)|(?<=[a-z]{{2}})\.(?=[A-Z][a-z])|\n|\s+(?={_NUMBER}\s*[^\W\d_])")
+_CANDIDATE = re.compile(
+    rf"(?<=\S)[.?!]+[\"')\]]*(?=\s|$)|(?<=[a-z]{{2}})\.(?=[A-Z][a-z])|\n|(?<=\S)\s+(?={_NUMBER}\s*[^\W\d_])"
+)
 _LAST_WORD = re.compile(r"([^\W\d_](?:\.?[^\W\d_])*)$")
 
 
@@ -146,8 +150,6 @@ def split_sentences(text: str) -> list[str]:
         start = end
 
     for match in _CANDIDATE.finditer(text):
-        if match.start() < start:
-            continue
         mark = match.group()
         if mark == "\n":
             rest = text[match.end() : match.end() + 80].lstrip(" \t")
@@ -168,7 +170,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def _without_number(sentence: str) -> tuple[str, int]:
-    """The sentence without the list numbers and bullets before it, and the last of those numbers (0 if none)."""
+    """The sentence without the list numbers, bullets and stops before it, and the last of those numbers (0 if none)."""
     number = 0
     while match := _LIST_NUMBER.match(sentence) or _BULLET.match(sentence):
         if match.re is _LIST_NUMBER:
@@ -181,11 +183,11 @@ def _ends_sentence(text: str, start: int, match: re.Match[str]) -> bool:
     before, after = text[start : match.start()], text[match.end() : match.end() + 80].lstrip()
     if re.fullmatch(r"\s*\(?\d{1,2}", before) and after:
         return False  # a list number on its own: it belongs to what follows
-    if re.search(r"(?<!\S)\d+$", before) and re.match(r"\d+\s*(?:cm|mm|x)\b", after):
+    if re.search(r"(?<!\S)\d+$", before[-40:]) and re.match(r"\d+\s*(?:cm|mm|x)\b", after):
         return False  # "2. 5 cm"
     if match.group() != ".":
         return True
-    word = _LAST_WORD.search(before)
+    word = _LAST_WORD.search(before, max(0, len(before) - 40))
     if word is None:
         return True
     last, following = word[1].lower(), after[:1]

@@ -18,10 +18,10 @@ from typing import Any, Self
 
 from webdataset.tariterators import group_by_keys
 
-import medclip_lab
 from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.errors import UserError
 from medclip_lab.files import atomic_file, read_json, sha256, write_json
+from medclip_lab.version import __version__
 
 MANIFEST = "manifest.json"
 FORMAT = "medclip-lab-shards/1"
@@ -64,7 +64,7 @@ def make_key(identifier: str) -> str:
     changed is therefore made unique again by a short hash.
     """
     slug = re.sub(r"[^0-9a-z_-]+", "-", identifier.lower()).strip("-")[:80]
-    if slug == identifier:
+    if slug and slug == identifier:
         return slug
     suffix = hashlib.sha256(identifier.encode()).hexdigest()[:8]
     return f"{slug}-{suffix}" if slug else suffix
@@ -144,7 +144,7 @@ class ShardWriter:
             self.folder / MANIFEST,
             {
                 "format": FORMAT,
-                "tool": f"medclip_lab {medclip_lab.__version__}",
+                "tool": f"medclip_lab {__version__}",
                 **self.facts,
                 "samples": sum(self._splits.values()),
                 "splits": dict(self._splits),
@@ -239,7 +239,9 @@ def read_shard(shard: Shard, quarantine: Quarantine) -> Iterator[dict[str, Any]]
         except (KeyError, ValueError) as error:
             quarantine.add(shard.path.name, key, "bad metadata", str(error))
     if seen < shard.samples:
-        quarantine.add(shard.path.name, "", "truncated shard", f"{shard.samples - seen} studies missing", shard.samples - seen)
+        quarantine.add(
+            shard.path.name, "", "truncated shard", f"{shard.samples - seen} studies missing", shard.samples - seen
+        )
 
 
 def _tar_members(shard: Shard, quarantine: Quarantine) -> Iterator[dict[str, Any]]:

@@ -51,7 +51,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> int:
 
 
 def load_tokenizer(folder: str | Path, context_length: int) -> Tokenizer:
-    """The tokenizer whose files lie in `folder` (or the name of one on the hub), through open_clip's own wrapper so that ids are the same there."""
+    """The tokenizer whose files lie in `folder`, or one on the hub by name.
+
+    It is open_clip's own wrapper, so that ids are the same there.
+    """
     from open_clip.tokenizer import HFTokenizer
 
     # Loader processes are forked after the tokenizer was used; its threads would not survive that.

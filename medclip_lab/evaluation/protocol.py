@@ -132,7 +132,9 @@ def zero_shot(
     measured = [row["auroc"] for row in labels if row["auroc"] is not None]
     if not measured:
         names = ", ".join(classifier.names[:5])
-        raise UserError(f"evaluate: no label of set {classifier.labelset!r} ({names}, ...) has both classes in this data")
+        raise UserError(
+            f"evaluate: no label of set {classifier.labelset!r} ({names}, ...) has both classes in this data"
+        )
     low, high = interval(np.mean(sampled, axis=0))
     return {
         "labelset": classifier.labelset,
@@ -227,11 +229,16 @@ def summary(results: dict[str, Any]) -> str:
             lines.append(f"  {row['name']:<28} -      ({row['reason']})")
         else:
             span = f"{row['low']:.3f}-{row['high']:.3f}"
-            lines.append(f"  {row['name']:<28} {row['auroc']:.3f}  {span}  ({row['positives']} of {row['positives'] + row['negatives']})")
-    lines.append(f"  {'mean of ' + str(macro['labels']):<28} {macro['auroc']:.3f}  {macro['low']:.3f}-{macro['high']:.3f}")
+            counts = f"({row['positives']} of {row['positives'] + row['negatives']})"
+            lines.append(f"  {row['name']:<28} {row['auroc']:.3f}  {span}  {counts}")
+    lines.append(
+        f"  {'mean of ' + str(macro['labels']):<28} {macro['auroc']:.3f}  {macro['low']:.3f}-{macro['high']:.3f}"
+    )
     for direction in ("image_to_text", "text_to_image"):
         if results["retrieval"]:
             found = results["retrieval"][direction]
             recall = "  ".join(f"R@{k} {v:.3f} (chance {found['chance'][k]:.3f})" for k, v in found["recall"].items())
-            lines.append(f"{direction.replace('_', ' ')}: {recall}  median rank {found['median_rank']:.0f} of {found['gallery']}")
+            lines.append(
+                f"{direction.replace('_', ' ')}: {recall}  median rank {found['median_rank']:.0f} of {found['gallery']}"
+            )
     return "\n".join(lines)

@@ -9,11 +9,11 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-import medclip_lab
 from medclip_lab.data.preprocess import PreprocessConfig
 from medclip_lab.data.tokenizer import FILES as TOKENIZER_FILES
 from medclip_lab.errors import UserError
 from medclip_lab.files import digest, existing_folder, read_json, sha256, write_json
+from medclip_lab.version import __version__
 
 FORMAT = "medclip-lab-bundle/1"
 MANIFEST, CONFIG, WEIGHTS, PREPROCESS = (
@@ -56,7 +56,7 @@ def write_bundle(
         out / PREPROCESS,
         {
             "steps": [
-                "decode to 8 bits; DICOM: rescale, VOI LUT, MONOCHROME1 inverted; other 16-bit images: least to greatest",
+                "decode to 8 bits; DICOM: rescale, VOI LUT, MONOCHROME1 inverted; other 16 bits: least to greatest",
                 f"resize to {preprocess.size} ({preprocess.resize_mode}, {preprocess.interpolation})",
                 "scale to [0, 1], subtract mean, divide by std; greyscale is repeated over three channels",
             ],
@@ -122,9 +122,7 @@ def versions() -> dict[str, str]:
     from importlib.metadata import version
 
     names = ("torch", "torchvision", "open_clip_torch", "timm", "transformers", "pillow")
-    return {"medclip_lab": medclip_lab.__version__, "python": platform.python_version()} | {
-        name: version(name) for name in names
-    }
+    return {"medclip_lab": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def _card(facts: dict[str, Any]) -> str:

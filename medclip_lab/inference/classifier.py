@@ -78,7 +78,9 @@ class ZeroShotClassifier:
         """[N, K] scores in (0, 1) of unit-norm features [N, D]; a row does not depend on the others."""
         features = torch.from_numpy(np.ascontiguousarray(image_features, dtype=np.float32))
         if features.ndim != 2 or features.shape[1] != self.positive.shape[1]:
-            raise ValueError(f"features {tuple(features.shape)} do not fit the classifier: [N, {self.positive.shape[1]}]")
+            raise ValueError(
+                f"features {tuple(features.shape)} do not fit the classifier: [N, {self.positive.shape[1]}]"
+            )
         scores: NDArray[np.float32] = torch.sigmoid(
             self.logit_scale * (features @ self.positive.T - features @ self.negative.T)
         ).numpy()

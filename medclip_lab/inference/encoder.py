@@ -66,9 +66,7 @@ class Encoder:
         return float(self.model.logit_scale.detach())
 
     @torch.inference_mode()
-    def encode_images(
-        self, images: Iterable[str | Path | Image.Image], batch_size: int = 64
-    ) -> NDArray[np.float32]:
+    def encode_images(self, images: Iterable[str | Path | Image.Image], batch_size: int = 64) -> NDArray[np.float32]:
         """Embeddings of image files or Pillow images.
 
         Returns:

@@ -35,6 +35,11 @@ class ModelConfig:
     """"train" makes a byte-level BPE from the training reports; "spec" takes the one the spec names; else a folder."""
     vocab_size: int = 4096
     """Size of a trained tokenizer."""
+    logit_scale: float | None = None
+    """Start of the (exponentiated) scale; None takes the loss's own."""
+    logit_bias: float | None = None
+    """Start of the bias; None takes the loss's own. SigLIP's -10 is minus the logarithm of its batch of 32,768 and far
+    from the optimum of a small batch."""
     channels_last: bool = True
     """Memory format of the image tower; faster for convolutions."""
 
@@ -74,7 +79,9 @@ def _create(name: str, **options: Any) -> nn.Module:
             model: nn.Module = open_clip.create_model(name, **options)
     except (RuntimeError, TypeError, ValueError, KeyError, AssertionError, OSError) as error:
         first = str(error).strip().splitlines()
-        raise UserError(f"model.spec: open_clip cannot build it: {first[0] if first else type(error).__name__}") from None
+        raise UserError(
+            f"model.spec: open_clip cannot build it: {first[0] if first else type(error).__name__}"
+        ) from None
     return model
 
 

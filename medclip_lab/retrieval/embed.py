@@ -76,7 +76,10 @@ def _embed_shard(
         for study in read_shard(shard, quarantine):
             record = study["json"]
             text, views = record.get("text") or "", record.get("view") or []
-            row = {name: record.get(name) for name in ("study_id", "patient_id", "split")} | {"image": None, "view": None}
+            row = {name: record.get(name) for name in ("study_id", "patient_id", "split")} | {
+                "image": None,
+                "view": None,
+            }
             if include_text:
                 row["text"] = text
             for number, (suffix, data) in enumerate(study["images"]):

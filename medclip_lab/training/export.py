@@ -14,9 +14,7 @@ from medclip_lab.inference.encoder import load
 from medclip_lab.training.run import CONFIG, DONE, MODEL, WEIGHTS, RunConfig
 
 
-def export(
-    run: str | Path, out: str | Path, labelsets: list[str] | None = None, command: str = ""
-) -> dict[str, Any]:
+def export(run: str | Path, out: str | Path, labelsets: list[str] | None = None, command: str = "") -> dict[str, Any]:
     """Write the bundle of a finished run to `out`, whole or not at all; returns its manifest.
 
     Args:
@@ -34,7 +32,9 @@ def export(
     config = load_config(RunConfig, run / CONFIG)
     model = read_json(run / MODEL, "run")
     done = read_json(run / DONE, "run")
-    paths = [Path(name) if str(name).endswith(".yaml") else shipped(f"labelsets/{name}.yaml") for name in labelsets or []]
+    paths = [
+        Path(name) if str(name).endswith(".yaml") else shipped(f"labelsets/{name}.yaml") for name in labelsets or []
+    ]
     for path in paths:
         if not path.exists():
             raise UserError(f"label set: no such file: {path}")

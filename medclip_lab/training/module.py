@@ -98,7 +98,9 @@ class MetricsFile(Callback):
         self._last = (trainer.global_step, time.monotonic())
         if trainer.is_global_zero and self.path.exists():
             # Lines after the checkpoint belong to steps that will be made again.
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= trainer.global_step]
+            lines = [
+                line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= trainer.global_step
+            ]
             self.path.write_text("".join(f"{line}\n" for line in lines))
 
     def on_train_batch_end(
@@ -158,7 +160,9 @@ class Console(Callback):
             first, start = self._start
             rate = (step - first) / (time.monotonic() - start)
             left = (total - step) / rate
-            line = f"step {step}/{total}  loss {loss:.3f}  {rate:.2f} steps/s  {int(left // 60)}:{int(left % 60):02d} left"
+            line = (
+                f"step {step}/{total}  loss {loss:.3f}  {rate:.2f} steps/s  {int(left // 60)}:{int(left % 60):02d} left"
+            )
             print(line, file=sys.stderr)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:

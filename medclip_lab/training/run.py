@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -93,9 +94,8 @@ def train(config: RunConfig) -> Path:
         seed_everything(config.seed, verbose=False)
         loss = _user_error(lambda: build_loss(config.loss))
         encoder, tokenizer, spec = prepare_model(config, out, rank)
-        start_scale = getattr(loss, "init_logit_scale", None)
-        if isinstance(config.model.spec, dict) and start_scale is not None:
-            encoder.start_temperature(start_scale, loss.init_logit_bias)  # type: ignore[arg-type]
+        if isinstance(config.model.spec, dict):
+            _start_temperature(config.model, encoder, loss)
         if rank == 0:
             write_json(out / MODEL, {"model_cfg": spec, "preprocess_cfg": config.data.preprocess.open_clip()})
             with atomic_file(out / CONFIG) as temporary:
@@ -120,15 +120,20 @@ def train(config: RunConfig) -> Path:
         module = ContrastiveModule(encoder, loss, config.optim, steps)
         trainer = _trainer(config, out, steps, val=streams.get("val"))
         begin = time.monotonic()
-        trainer.fit(
-            module,
-            loader(streams["train"]),
-            loader(streams["val"]) if "val" in streams else None,
-            ckpt_path=last if last.exists() else None,
-            weights_only=True,
-        )
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+        try:
+            trainer.fit(
+                module,
+                loader(streams["train"]),
+                loader(streams["val"]) if "val" in streams else None,
+                ckpt_path=last if last.exists() else None,
+                weights_only=True,
+            )
+        except SystemExit:
+            if not trainer.interrupted:
+                raise
+            # Lightning ends the process on Ctrl-C, deaf to further ones; the caller decides here.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt from None
     if trainer.is_global_zero:
         weights = {name: value.detach().cpu().contiguous() for name, value in encoder.model.state_dict().items()}
         with atomic_file(out / WEIGHTS) as temporary:
@@ -136,6 +141,13 @@ def train(config: RunConfig) -> Path:
         seconds = round(time.monotonic() - begin, 1)
         write_json(out / DONE, {"steps": steps, "resumed_at": start, "seconds": seconds, "world_size": world_size})
     return out
+
+
+def _start_temperature(config: ModelConfig, encoder: DualEncoder, loss: torch.nn.Module) -> None:
+    """Scale and bias as the config says, else as the loss wants them; a loss without bias trains none."""
+    scale = config.logit_scale or getattr(loss, "init_logit_scale", 1 / 0.07)
+    bias = config.logit_bias if config.logit_bias is not None else getattr(loss, "init_logit_bias", None)
+    encoder.start_temperature(scale, bias if getattr(loss, "uses_bias", True) else None)
 
 
 def prepare_model(config: RunConfig, out: Path, rank: int) -> tuple[DualEncoder, Tokenizer, dict[str, Any]]:
@@ -148,7 +160,9 @@ def prepare_model(config: RunConfig, out: Path, rank: int) -> tuple[DualEncoder,
         trained = {}
     if isinstance(config.model.spec, str):
         if trained:
-            raise UserError("model.tokenizer: a model given by name has its own tokenizer: set model.tokenizer to 'spec'")
+            raise UserError(
+                "model.tokenizer: a model given by name has its own tokenizer: set model.tokenizer to 'spec'"
+            )
         import open_clip
 
         model = load_named(config.model.spec, config.model.pretrained)

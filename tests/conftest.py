@@ -1,0 +1,144 @@
+"""Shared fixtures: toy studies, a trained toy run and its bundle, a pool of gloo ranks, the optional real data."""
+
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+
+from medclip_lab.config import load_config
+from medclip_lab.data.findings import CHEXPERT14
+from medclip_lab.data.shards import Manifest, Sample, write_shards
+from medclip_lab.training.export import export
+from medclip_lab.training.run import RunConfig, train
+
+WORLD = 2
+TOY_SPLITS = ("train", "train", "train", "val", "test")
+
+
+def png(pixels: "np.ndarray[Any, Any]") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def toy_samples(studies: int = 150, side: int = 40, seed: int = 0) -> Iterator[Sample]:
+    """Bright images say that the heart is enlarged: as easy as a task can be, so that a few steps learn it."""
+    rng = np.random.default_rng(seed)
+    for number in range(studies):
+        large = int(rng.random() < 0.5)
+        pixels = (rng.random((side, side)) * 80 + 120 * large).astype(np.uint8)
+        text = "The heart is enlarged." if large else "Heart size is normal."
+        yield Sample(
+            study_id=f"study-{number}",
+            patient_id=f"patient-{number // 2}",
+            split=TOY_SPLITS[(number // 2) % 5],
+            images=[("png", png(pixels))],
+            view=["PA"],
+            sections={"findings": text, "impression": f"Case {number}."},
+            text=f"{text} Case {number}.",
+            labels=dict.fromkeys(CHEXPERT14) | {"Cardiomegaly": large},
+            sentences=[{"text": text, "labels": {"Cardiomegaly": large}}],
+            source="toy",
+            license="CC0-1.0",
+        )
+
+
+TOY_CONFIG = """
+data:
+  sources:
+    toy:
+      shards: SHARDS
+  batch_size: 8
+  preprocess: {size: 32, resize_mode: squash}
+  workers: 0
+model:
+  vocab_size: 400
+  spec:
+    embed_dim: 16
+    vision_cfg: {timm_model_name: test_resnet, image_size: 32}
+    text_cfg: {context_length: 24, width: 16, heads: 2, layers: 1}
+optim: {lr: 5.0e-3}
+trainer: {steps: 30, precision: 32-true, log_every: 5, checkpoint_every: 10}
+"""
+
+
+@pytest.fixture(scope="session")
+def toy_shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_shards(toy_samples(), tmp_path_factory.mktemp("toy") / "shards", "toy", samples_per_shard=16)
+
+
+@pytest.fixture(scope="session")
+def toy_config(tmp_path_factory: pytest.TempPathFactory, toy_shards: Manifest) -> Callable[..., RunConfig]:
+    """A function from output folder and overrides to a run config over the toy shards."""
+    path = tmp_path_factory.mktemp("config") / "toy.yaml"
+    path.write_text(TOY_CONFIG.replace("SHARDS", str(toy_shards.folder)))
+
+    def make(out: Path, *overrides: str) -> RunConfig:
+        return load_config(RunConfig, path, [f"--out={out}", *overrides])
+
+    make.path = path  # type: ignore[attr-defined]
+    return make
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory: pytest.TempPathFactory, toy_config: Callable[..., RunConfig]) -> Path:
+    return train(toy_config(tmp_path_factory.mktemp("toy") / "run"))
+
+
+@pytest.fixture(scope="session")
+def toy_bundle(toy_run: Path) -> Path:
+    out = toy_run.parent / "bundle"
+    export(toy_run, out, ["chexpert14"], "pytest")
+    return out
+
+
+@pytest.fixture(scope="session")
+def toy_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PNG file that is not square."""
+    path = tmp_path_factory.mktemp("image") / "image.png"
+    Image.fromarray((np.random.default_rng(0).random((50, 70)) * 255).astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of public data sets named by MEDCLIP_LAB_DATA; the test is skipped without it."""
+    named = os.environ.get("MEDCLIP_LAB_DATA")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no real data: MEDCLIP_LAB_DATA names no folder")
+    return folder
+
+
+def _join(ranks: Any, store: str) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=ranks.get(), world_size=WORLD)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[Callable[..., Any], tuple[Any, ...]], list[Any]]]:
+    """Runs a module-level function on every rank of a gloo group and returns the answers, in the order of ranks."""
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    for rank in range(WORLD):
+        queue.put(rank)
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        with context.Pool(WORLD, initializer=_join, initargs=(queue, store)) as pool:
+
+            def run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
+                # Each function meets the others in a collective, so no worker can take two of the calls.
+                answers = pool.starmap_async(function, [arguments] * WORLD, chunksize=1).get(timeout=120)
+                return [answer for _, answer in sorted(answers, key=lambda pair: pair[0])]
+
+            yield run

@@ -1,0 +1,203 @@
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from medclip_lab.data.pipeline import BatchStream, DataConfig, SourceConfig, TextConfig, loader, steps_per_epoch
+from medclip_lab.data.preprocess import AugmentConfig, PreprocessConfig
+from medclip_lab.data.shards import Manifest, Sample, write_shards
+from medclip_lab.errors import UserError
+
+from ..conftest import png, toy_samples
+
+
+def tokenizer(texts: list[str]) -> Tensor:
+    """Texts told apart by the sum of their characters."""
+    return torch.tensor([[sum(map(ord, text)), len(text)] for text in texts])
+
+
+def config(shards: Path | str, **changes: Any) -> DataConfig:
+    defaults: dict[str, Any] = {
+        "sources": {"toy": SourceConfig(str(shards))},
+        "batch_size": 8,
+        "preprocess": PreprocessConfig(size=32),
+        "workers": 0,
+        "shuffle_size": 50,
+    }
+    return DataConfig(**(defaults | changes))
+
+
+def stream(data: DataConfig, steps: int = 12, **options: Any) -> BatchStream:
+    return BatchStream(data, tokenizer, steps, **options)
+
+
+def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.allclose(value, second[name], equal_nan=True) if isinstance(value, Tensor) else value == second[name]
+        for name, value in first.items()
+    )
+
+
+def test_batches_are_what_they_say(toy_shards: Manifest) -> None:
+    batch = next(iter(stream(config(toy_shards.folder))))
+    assert batch["image"].shape == (8, 1, 32, 32)
+    assert batch["image"].dtype == torch.float32
+    assert 0 <= batch["image"].min() <= batch["image"].max() <= 1
+    assert batch["text"].shape == (8, 2)
+    assert batch["image_labels"].shape == batch["text_labels"].shape == (8, 14)
+    assert batch["image_id"] == batch["text_id"]
+    bright = batch["image"].mean((1, 2, 3)) > 0.4
+    assert (bright.float() == batch["image_labels"][:, 2]).all(), "image and labels are of the same study"
+    assert batch["image_labels"][:, 5].isnan().all(), "what is not mentioned is NaN, not 0"
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_order_does_not_depend_on_workers(toy_shards: Manifest, workers: int) -> None:
+    data = config(toy_shards.folder, augment=AugmentConfig(degrees=5, contrast=0.2))
+    expected = list(stream(data, start=3))
+    found = list(loader(stream(config(toy_shards.folder, augment=data.augment, workers=workers), start=3)))
+    assert len(found) == len(expected) == 9
+    assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_later_start_gives_the_later_batches(toy_shards: Manifest) -> None:
+    data = config(toy_shards.folder)
+    assert all(
+        same(a, b) for a, b in zip(list(stream(data, steps=25))[14:], stream(data, steps=25, start=14), strict=True)
+    )
+
+
+def test_epochs_and_seeds_differ_and_an_epoch_is_a_permutation(toy_shards: Manifest) -> None:
+    data = config(toy_shards.folder, batch_size=2)
+    steps = toy_shards.count("train") // 2
+    ids = [study for batch in stream(data, steps=2 * steps) for study in batch["image_id"]]
+    first, second = ids[: 2 * steps], ids[2 * steps :]
+    assert len(set(first)) == len(first) == toy_shards.count("train")
+    assert sorted(first) == sorted(second)
+    assert first != second
+    other = [study for batch in stream(data, steps=steps, seed=1) for study in batch["image_id"]]
+    assert sorted(other) == sorted(first)
+    assert other != first
+
+
+def test_validation_is_in_order_and_unchanged(toy_shards: Manifest) -> None:
+    data = config(toy_shards.folder, sources={"toy": SourceConfig(str(toy_shards.folder), "val")}, batch_size=5)
+    data.augment = AugmentConfig(degrees=90)
+    batches = list(stream(data, steps=6, training=False))
+    ids = [study for batch in batches for study in batch["image_id"]]
+    assert ids == sorted(ids, key=lambda study: int(study.split("-")[1]))
+    assert len(ids) == toy_shards.count("val")
+
+
+def test_shuffled_pairs_keep_no_pair(toy_shards: Manifest) -> None:
+    true = next(iter(stream(config(toy_shards.folder))))
+    control = next(iter(stream(config(toy_shards.folder, control="shuffled_pairs"))))
+    assert torch.equal(true["image"], control["image"])
+    assert sorted(true["text"].tolist()) == sorted(control["text"].tolist())
+    assert not (true["text"] == control["text"]).all(1).any()
+
+
+def texts_only(number: int, split: str = "train") -> Iterator[Sample]:
+    for i in range(number):
+        rare = i % 20 == 0
+        labels = {"Pneumonia": 1} if rare else {"No Finding": 1}
+        text = "Pneumonia." if rare else "Normal."
+        sentences = [{"text": text, "labels": labels}, {"text": "Second sentence.", "labels": {}}]
+        yield Sample(
+            study_id=f"r{i}", patient_id=f"r{i}", split=split, text=text, labels=dict(labels), sentences=sentences
+        )
+
+
+def images_only(number: int) -> Iterator[Sample]:
+    for sample in toy_samples(number):
+        yield Sample(
+            study_id=sample.study_id,
+            patient_id=sample.patient_id,
+            split="train",
+            images=sample.images,
+            labels=sample.labels,
+        )
+
+
+@pytest.fixture
+def unpaired(tmp_path: Path) -> dict[str, SourceConfig]:
+    write_shards(images_only(40), tmp_path / "images", "i", 10)
+    write_shards(texts_only(200), tmp_path / "texts", "t", 50)
+    return {"images": SourceConfig(str(tmp_path / "images")), "texts": SourceConfig(str(tmp_path / "texts"), weight=3)}
+
+
+def test_unpaired_sources_share_a_batch(unpaired: dict[str, SourceConfig]) -> None:
+    for batch in stream(config("", sources=unpaired), steps=8):
+        assert len(batch["image"]) == len(batch["image_labels"]) == len(batch["image_id"]) == 2
+        assert len(batch["text"]) == len(batch["text_labels"]) == len(batch["text_id"]) == 6
+
+
+def test_balance_favours_rare_labels(unpaired: dict[str, SourceConfig]) -> None:
+    def share(balance: float) -> float:
+        unpaired["texts"].balance = balance
+        data = config("", sources=unpaired, text=TextConfig(report=0, sentence=1))
+        labels = torch.cat([batch["text_labels"] for batch in stream(data, steps=150)])
+        return float((labels[:, 7] == 1).float().mean())
+
+    assert share(0.0) == pytest.approx(0.025, abs=0.02)  # every twentieth report, every second sentence
+    assert share(1.0) > 0.3
+
+
+def test_sentence_labels_are_those_of_the_sentence(unpaired: dict[str, SourceConfig]) -> None:
+    data = config("", sources=unpaired, text=TextConfig(report=0, sentence=1))
+    for batch in stream(data, steps=5):
+        for ids, labels in zip(batch["text"], batch["text_labels"], strict=True):
+            if ids[1] == len("Second sentence."):
+                assert labels.isnan().all()
+            else:
+                assert (labels == 1).sum() == 1
+
+
+def test_unreadable_images_are_left_out_with_their_text(tmp_path: Path) -> None:
+    samples = list(toy_samples(300))
+    bad = [sample for sample in samples if sample.split == "train"][5]
+    bad.images = [("png", png(torch.zeros(4, 4, dtype=torch.uint8).numpy())[:30])]
+    write_shards(samples, tmp_path / "s", "toy", 50)
+    data = config(tmp_path / "s", batch_size=60)
+    reader = stream(data, steps=3, quarantine_path=tmp_path / "quarantine.jsonl")
+    batches = list(reader)
+    assert sum(len(batch["image"]) for batch in batches) == 179
+    assert all(batch["image_id"] == batch["text_id"] for batch in batches)
+    assert bad.study_id not in [study for batch in batches for study in batch["image_id"]]
+    assert reader.quarantine.causes == {"unreadable image": 1}
+    assert bad.key in (tmp_path / "quarantine.jsonl").read_text()
+
+
+def test_too_many_bad_images_stop(tmp_path: Path) -> None:
+    samples = list(toy_samples(50))
+    for sample in samples[:6]:
+        sample.images = [("png", b"no image")]
+    write_shards(samples, tmp_path / "s", "toy", 50)
+    with pytest.raises(UserError, match=r"unreadable image\), more than the ceiling of 1\.0%"):
+        list(stream(config(tmp_path / "s"), steps=4))
+
+
+def test_shares_and_epochs() -> None:
+    sources = {"a": SourceConfig("x", weight=1), "b": SourceConfig("y", weight=2), "c": SourceConfig("z", weight=2)}
+    assert config("", sources=sources, batch_size=9).shares() == {"a": 2, "b": 4, "c": 3}
+    with pytest.raises(UserError, match="too small to hold a study of every source"):
+        config("", sources=sources, batch_size=2).shares()
+
+
+def test_config_refuses(toy_shards: Manifest) -> None:
+    with pytest.raises(ValueError, match="name at least one source"):
+        DataConfig()
+    with pytest.raises(ValueError, match="batch_size"):
+        config(toy_shards.folder, batch_size=1)
+    with pytest.raises(ValueError, match="above 0"):
+        TextConfig(report=0)
+    with pytest.raises(ValueError, match="balance"):
+        SourceConfig("x", balance=2)
+    with pytest.raises(UserError, match="cannot be split between 64 ranks"):
+        steps_per_epoch(config(toy_shards.folder), 64, 0)
+    assert steps_per_epoch(config(toy_shards.folder), 1, 0) == toy_shards.count("train") // 8
+    assert math.isfinite(steps_per_epoch(config(toy_shards.folder), 2, 0))

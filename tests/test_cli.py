@@ -1,0 +1,224 @@
+"""The verbs, their flags, and one line with exit code 2 for every mistake."""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medclip_lab.cli import build_parser, main
+from medclip_lab.data.shards import Manifest
+
+COMMON = {"--help", "--json", "--debug"}
+PREPARE = COMMON | {"--out", "--samples-per-shard", "--max-bad"}
+FLAGS = {
+    "demo": COMMON | {"--out", "--seed", "--studies"},
+    "prepare phantom": PREPARE | {"--studies", "--seed", "--size"},
+    "prepare nih-cxr14": PREPARE | {"folder"},
+    "prepare openi": PREPARE | {"path"},
+    "prepare csv": PREPARE
+    | {"path", "--image", "--text", "--study", "--patient", "--split", "--labels", "--image-folder", "--license"},
+    "train": COMMON | {"--config", "--out", "--settings"},
+    "evaluate": COMMON
+    | {"bundle", "shards", "--split", "--labelset", "--draws", "--seed", "--blur", "--shuffle-labels", "--out"},
+    "export": COMMON | {"run_folder", "--out", "--labelset"},
+    "embed": COMMON | {"bundle", "shards", "--out", "--split", "--include-text"},
+    "index": COMMON | {"embeddings", "--out", "--modality", "--include-text"},
+    "search": COMMON | {"bundle", "index", "--text", "--image", "-k"},
+    "classify": COMMON | {"bundle", "images", "--labelset"},
+    "doctor": COMMON,
+}
+
+
+def verbs(parser: argparse.ArgumentParser, prefix: str = "") -> dict[str, argparse.ArgumentParser]:
+    """Name to parser of every verb, those of sources included."""
+    found = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                below = verbs(inner, f"{prefix}{name} ")
+                found |= below or {f"{prefix}{name}": inner}
+    return found
+
+
+def test_verbs_and_flags_are_frozen() -> None:
+    """A new flag is a promise: it is added here on purpose."""
+    found = {
+        name: {(action.option_strings or [action.dest])[-1] for action in parser._actions}
+        for name, parser in verbs(build_parser()).items()
+    }
+    assert found == FLAGS
+
+
+def test_every_verb_has_an_example_that_parses() -> None:
+    for name, parser in verbs(build_parser()).items():
+        assert parser.epilog, name
+        command = parser.epilog.splitlines()[-1].strip()
+        assert command.startswith(f"medclip-lab {name}"), name
+        import shlex
+
+        build_parser().parse_known_args(shlex.split(command)[1:])
+
+
+@pytest.fixture
+def place(toy_bundle: Path, toy_shards: Manifest, toy_run: Path, tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.csv").write_text("picture,text\na.png,Normal.\n")
+    (tmp_path / "label.csv").write_text("image,text,Edema\na.png,Normal.,2\n")
+    (tmp_path / "bad.yaml").write_text("data:\n  sources:\n    a: {shards: x}\noptim:\n  rate: 1\n")
+    return {
+        "BUNDLE": str(toy_bundle),
+        "SHARDS": str(toy_shards.folder),
+        "RUN": str(toy_run),
+        "TMP": str(tmp_path),
+    }
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("prepare nih-cxr14 TMP/none --out TMP/o", "no such"),
+        ("prepare nih-cxr14 TMP/empty --out TMP/o", "empty"),
+        ("prepare openi TMP/none.tgz --out TMP/o", "no such"),
+        ("prepare csv TMP/none.csv --out TMP/o", "none.csv"),
+        ("prepare csv TMP/bad.csv --out TMP/o", "'image'"),
+        ("prepare csv TMP/label.csv --out TMP/o", "Edema"),
+        ("prepare phantom --studies 0 --out TMP/o", "studies"),
+        ("prepare phantom --samples-per-shard 0 --out TMP/o", "--samples-per-shard"),
+        ("train", "--config is missing"),
+        ("train --config TMP/none.yaml", "cannot read"),
+        ("train --config TMP/bad.yaml", "bad.yaml:5: unknown key optim.rate"),
+        ("train --config phantom --out TMP/r --optim.lr=fast", "optim.lr"),
+        ("train --config phantom --out TMP/r --data.sources.phantom.shards=TMP/none", "no such folder"),
+        ("train --config phantom --out TMP/r extra", "write overrides as"),
+        ("export TMP/none --out TMP/b", "no such folder"),
+        ("export TMP/empty --out TMP/b", "empty"),
+        ("evaluate TMP/empty SHARDS", "empty"),
+        ("evaluate BUNDLE TMP/empty", "no such file"),
+        ("evaluate BUNDLE SHARDS --split holdout", "no split 'holdout'"),
+        ("evaluate BUNDLE SHARDS --labelset nothing", "no shipped set is called 'nothing'"),
+        ("embed BUNDLE TMP/none --out TMP/e", "no such folder"),
+        ("index TMP/none --out TMP/i", "no such file"),
+        ("search BUNDLE TMP/none --text x", "no such folder"),
+        ("classify BUNDLE TMP/none.png", "cannot read"),
+        ("classify BUNDLE TMP/bad.csv", "no decoder for .csv"),
+        ("demo --studies 10 --out TMP/d", "--studies must be at least 200"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(
+    place: dict[str, str], capsys: pytest.CaptureFixture[str], command: str, message: str
+) -> None:
+    for name, value in place.items():
+        command = command.replace(name, value)
+    assert main(command.split()) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line]
+    assert lines[-1].startswith(f"medclip-lab {command.split()[0]}: ")
+    assert message in lines[-1]
+    assert not any("Traceback" in line for line in lines)
+    assert captured.out == ""
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such folder"):
+        main(["embed", str(tmp_path / "a"), str(tmp_path), "--out", str(tmp_path / "e"), "--debug"])
+
+
+def test_unknown_verbs_and_flags() -> None:
+    for arguments in (["fly"], ["doctor", "--wings"], []):
+        with pytest.raises(SystemExit) as error:
+            main(arguments)
+        assert error.value.code == 2
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_whole_way_by_commands(
+    toy_config: Callable[..., Any], toy_shards: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = str(toy_shards.folder)
+    run, bundle, out = str(tmp_path / "run"), str(tmp_path / "bundle"), tmp_path
+    config = str(toy_config.path)  # type: ignore[attr-defined]
+    assert run_json(capsys, "train", "--config", config, "--out", run, "--trainer.steps=3")["step"] == 3
+    assert run_json(capsys, "export", run, "--out", bundle)["fingerprint"]
+    results = run_json(capsys, "evaluate", bundle, shards, "--draws", "10", "--out", str(out / "r.json"))
+    assert results["zero_shot"]["macro"]["labels"] == 1
+    assert json.loads((out / "r.json").read_text())["split"] == "test"
+    embeddings = run_json(capsys, "embed", bundle, shards, "--split", "test", "--out", str(out / "e"))
+    assert not embeddings["text_included"]
+    assert run_json(capsys, "index", str(out / "e"), "--out", str(out / "i"))["recall_at_10"]["text"] == 1.0
+    hits = run_json(capsys, "search", bundle, str(out / "i"), "--text", "The heart is enlarged.", "-k", "3")
+    assert [hit["rank"] for hit in hits] == [1, 2, 3]
+    assert "text" not in hits[0]
+    image = out / "image.png"
+    image.write_bytes(next(toy_images(toy_shards)))
+    assert run_json(capsys, "classify", bundle, str(image))[0]["labels"]["Edema"]["probability"] is None
+    hits = run_json(capsys, "search", bundle, str(out / "i"), "--image", str(image), "-k", "1000")
+    assert len(hits) == toy_shards.count("test")
+    assert main(["search", bundle, str(out / "i"), "--text", "x"]) == 0
+    assert "cosine" in capsys.readouterr().out
+
+
+def toy_images(manifest: Manifest) -> Any:
+    from medclip_lab.data.quarantine import Quarantine
+    from medclip_lab.data.shards import read_split
+
+    return (study["images"][0][1] for study in read_split(manifest, "test", Quarantine(1)))
+
+
+def test_an_index_of_another_bundle_is_refused(
+    toy_bundle: Path, toy_shards: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["embed", str(toy_bundle), str(toy_shards.folder), "--split", "val", "--out", str(tmp_path / "e")]) == 0
+    assert main(["index", str(tmp_path / "e"), "--out", str(tmp_path / "i")]) == 0
+    manifest = json.loads((tmp_path / "i" / "manifest.json").read_text())
+    manifest["bundle"] = "f" * 64
+    (tmp_path / "i" / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    assert main(["search", str(toy_bundle), str(tmp_path / "i"), "--text", "x"]) == 2
+    assert "was built with bundle ffffffffffff" in capsys.readouterr().err
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["doctor", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert code == (1 if facts["problems"] else 0)
+    assert facts["versions"]["torch"]
+    assert facts["faiss"]
+    assert facts["free_disk_gib"] > 0
+
+
+def test_doctor_finds_two_faiss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("faiss_gpu", "faiss_cpu"):
+        info = tmp_path / f"{name}-1.15.1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.15.1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from medclip_lab.doctor import examine
+
+    problems = examine(tmp_path)["problems"]
+    assert any("2 faiss packages (faiss-cpu, faiss-gpu) install the same module" in problem for problem in problems)
+
+
+def test_module_is_the_command() -> None:
+    result = subprocess.run([sys.executable, "-m", "medclip_lab", "--version"], capture_output=True, text=True)
+    assert result.stdout.startswith("medclip_lab 0")
+
+
+def test_prepare_again_reuses_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["prepare", "phantom", "--studies", "12", "--size", "48", "--out", str(tmp_path / "s")]
+    assert main(command) == 0
+    before = (tmp_path / "s" / "manifest.json").read_text()
+    assert main(command) == 0
+    assert "prepared before" in capsys.readouterr().out
+    assert (tmp_path / "s" / "manifest.json").read_text() == before
+    assert main([*command, "--seed", "1"]) == 2
+    assert "holds other shards" in capsys.readouterr().err
+    assert (tmp_path / "s" / "manifest.json").read_text() == before

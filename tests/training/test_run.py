@@ -1,0 +1,178 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medclip_lab.data.pipeline import BatchStream
+from medclip_lab.data.shards import Manifest
+from medclip_lab.errors import UserError
+from medclip_lab.models.dual_encoder import build_spec
+from medclip_lab.training import run as runs
+from medclip_lab.training.optim import OptimConfig, lr_factor, parameter_groups
+from medclip_lab.training.run import RunConfig, TrainerConfig, diary, resolve_precision, train
+
+Config = Callable[..., RunConfig]
+
+
+def test_training_learns_and_leaves_a_whole_folder(toy_run: Path) -> None:
+    losses = [line["loss"] for line in diary(toy_run) if "loss" in line]
+    assert losses[-1] < losses[0]
+    assert {path.name for path in toy_run.iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "done.json",
+        "metrics.jsonl",
+        "model.json",
+        "model.safetensors",
+        "tokenizer",
+    }
+    assert json.loads((toy_run / "done.json").read_text())["steps"] == 30
+
+
+def test_a_finished_run_is_not_made_again(toy_run: Path, toy_config: Config) -> None:
+    before = (toy_run / "model.safetensors").stat().st_mtime_ns
+    assert train(toy_config(toy_run)) == toy_run
+    assert (toy_run / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_folder_holds_one_run(toy_run: Path, toy_config: Config) -> None:
+    with pytest.raises(UserError, match="holds a run with another config"):
+        train(toy_config(toy_run, "--optim.lr=1e-5"))
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    toy_run: Path, toy_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batches after a resume are those the uninterrupted run had, and so are the weights."""
+    served: list[int] = []
+    original = BatchStream.batch
+
+    def recording(self: BatchStream, studies: list[dict[str, object]], step: int) -> object:
+        served.append(step)
+        if step == 17 and not (tmp_path / "again").exists():
+            raise KeyboardInterrupt
+        return original(self, studies, step)
+
+    monkeypatch.setattr(BatchStream, "batch", recording)
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(toy_config(out))
+    assert not (out / runs.DONE).exists()
+    (tmp_path / "again").touch()
+    served.clear()
+    train(toy_config(out))
+    assert served == list(range(10, 30)), "the last checkpoint was that of step 10"
+    assert json.loads((out / runs.DONE).read_text())["resumed_at"] == 10
+    assert [line["step"] for line in diary(out)] == [5, 10, 15, 20, 25, 30]
+    expected = load_file(toy_run / runs.WEIGHTS)
+    for name, value in load_file(out / runs.WEIGHTS).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_ranks_under_torchrun(toy_config: Config, toy_shards: Manifest, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "medclip_lab", "train", "--config", str(toy_config.path), "--out", str(out)]  # type: ignore[attr-defined]
+    result = subprocess.run(
+        [*command, "--trainer.steps=6"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    done = json.loads((out / "done.json").read_text())
+    assert done["world_size"] == 2
+    assert done["steps"] == 6
+    assert result.stdout.count("loss") == 1, "one rank speaks"
+    # The loss is that of both ranks' batches together: 16 pairs, where one process has 8.
+    first = next(diary(out))
+    assert math.isfinite(first["loss"])
+
+
+def test_ranks_share_the_shards(toy_config: Config, toy_shards: Manifest, tmp_path: Path) -> None:
+    def studies(rank: int, world: int) -> list[str]:
+        config = toy_config(tmp_path).data
+        stream = BatchStream(config, lambda texts: torch.zeros(len(texts), 1), 5, rank=rank, world_size=world)
+        return [study for batch in stream for study in batch["image_id"]]
+
+    first, second = studies(0, 2), studies(1, 2)
+    assert len(first) == len(second) == 40
+    assert not set(first) & set(second)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--loss.name=NoSuchLoss"], "unknown loss 'NoSuchLoss'"),
+        (["--loss.name=ClipLoss", "--loss.args={tau: 1}"], r"loss\.args"),
+        (["--data.batch_size=1000"], "do not fill a batch"),
+        (["--data.preprocess.size=64"], "they must be equal"),
+        (["--model.spec.vision_cfg.timm_model_name=resnet19"], r"model\.spec: open_clip cannot build it"),
+        (["--data.sources.toy.shards=nowhere"], "no such folder"),
+        (["--data.sources.toy.split=holdout"], "no split 'holdout'"),
+        (["--model.spec=ViT-B-32"], "has its own tokenizer"),
+    ],
+)
+def test_configs_that_cannot_work(toy_config: Config, tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        train(toy_config(tmp_path / "run", "--trainer.epochs=1", "--trainer.steps=null", *overrides))
+    assert "\n" not in str(error.value)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(toy_config: Config, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the loss of step \d+ is (nan|inf); its studies: study-"):
+        train(toy_config(tmp_path / "run", "--optim.lr=1e30", "--optim.clip_norm=0", "--optim.warmup=0"))
+
+
+def test_semantic_loss_trains_on_the_labels(toy_config: Config, tmp_path: Path) -> None:
+    settings = ["--loss.name=SoftTargetClipLoss", "--loss.args.target_temperature=0.2", "--trainer.steps=5"]
+    run = train(toy_config(tmp_path / "run", *settings))
+    assert "excess_loss" in next(diary(run))
+    model = json.loads((run / "model.json").read_text())["model_cfg"]
+    assert not any("bias" in name for name in load_file(run / "model.safetensors") if name.startswith("logit"))
+    assert model["custom_text"] is True
+
+
+def test_schedule() -> None:
+    factor = lr_factor(100, warmup=0.1, final_lr=0.01)
+    assert [factor(step) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert factor(10) == pytest.approx(1.0)
+    assert factor(100) == pytest.approx(0.01)
+    values = [factor(step) for step in range(10, 101)]
+    assert values == sorted(values, reverse=True)
+
+
+def test_no_decay_on_norms_biases_scale_and_positions() -> None:
+    model = build_spec(
+        {
+            "embed_dim": 8,
+            "custom_text": True,
+            "init_logit_bias": -10,
+            "vision_cfg": {"timm_model_name": "test_resnet", "image_size": 32},
+            "text_cfg": {"context_length": 8, "vocab_size": 20, "width": 8, "heads": 1, "layers": 1},
+        }
+    )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, kept = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.1))  # type: ignore[attr-defined]
+    assert {"logit_scale", "logit_bias", "text.positional_embedding", "text.ln_final.weight"} <= kept
+    assert {"text.token_embedding.weight", "text.text_projection"} <= decayed
+    assert decayed | kept == set(names.values())
+    assert not decayed & kept
+
+
+def test_precision_and_config_checks() -> None:
+    assert resolve_precision(TrainerConfig(precision="32-true")) == "32-true"
+    assert resolve_precision(TrainerConfig(accelerator="cpu")) in ("bf16-mixed", "32-true")
+    with pytest.raises(ValueError, match="warmup"):
+        OptimConfig(warmup=1.0)
+    with pytest.raises(ValueError, match="steps"):
+        TrainerConfig(steps=0)
