@@ -32,12 +32,12 @@ class _Gather(torch.autograd.Function):
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         # Every rank computed the loss of the whole batch. The sum over ranks is W times the gradient of that loss,
         # and averaging over ranks, as DDP does with the parameters, takes the W away again.
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
-        return gradient.split(ctx.sizes)[dist.get_rank()], None
+        return torch.split(gradient, ctx.sizes)[dist.get_rank()], None
 
 
 def gather(local: Tensor) -> Tensor:
@@ -49,5 +49,5 @@ def gather(local: Tensor) -> Tensor:
         return local
     sizes = [torch.zeros(1, dtype=torch.int64, device=local.device) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor([len(local)], device=local.device))
-    gathered: Tensor = _Gather.apply(local.contiguous(), [int(size) for size in sizes])  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(local.contiguous(), [int(size) for size in sizes])
     return gathered

@@ -87,13 +87,14 @@ def _window(pixels: "np.ndarray[Any, np.dtype[np.float32]]") -> "np.ndarray[Any,
         raise DecodeError("pixels that are not finite")
     low, high = float(pixels.min()), float(pixels.max())
     scaled = (pixels - low) * (255.0 / (high - low) if high > low else 0.0)
-    return np.rint(scaled).astype(np.uint8)
+    eight: np.ndarray[Any, np.dtype[np.uint8]] = np.rint(scaled).astype(np.uint8)
+    return eight
 
 
 def _decode_dicom(data: bytes, max_pixels: int) -> Image.Image:
     try:
         import pydicom
-        from pydicom.pixels import apply_rescale, apply_voi_lut
+        from pydicom.pixels.processing import apply_rescale, apply_voi_lut
     except ImportError:
         raise UserError("DICOM needs pydicom: pip install 'medclip_lab[dicom]'") from None
     try:

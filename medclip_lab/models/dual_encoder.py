@@ -93,6 +93,9 @@ class DualEncoder(nn.Module):
         preprocess: what the image tower expects; its mean and std are applied here.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: nn.Module, preprocess: PreprocessConfig, channels_last: bool = True) -> None:
         super().__init__()
         self.model: Any = model

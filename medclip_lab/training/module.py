@@ -115,7 +115,7 @@ class MetricsFile(Callback):
         rate = len(batch["image_id"]) * trainer.world_size * (step - before) / (now - then)
         self._last = (step, now)
         bias = module.encoder.logit_bias
-        values = {name: float(value.detach()) for name, value in outputs.items()}
+        values: dict[str, float | None] = {name: float(value.detach()) for name, value in outputs.items()}
         values |= {
             "logit_scale": float(module.encoder.logit_scale.detach()),
             "logit_bias": None if bias is None else float(bias.detach()),

@@ -38,9 +38,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
         if callable(getattr(module, "no_weight_decay", None))
-        for name in module.no_weight_decay()  # type: ignore[operator]
+        for name in module.no_weight_decay()
     }
-    decay, keep = [], []
+    decay: list[nn.Parameter] = []
+    keep: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (keep if parameter.ndim <= 1 or name in exempt else decay).append(parameter)
@@ -63,4 +64,4 @@ def lr_factor(steps: int, warmup: float, final_lr: float) -> Callable[[int], flo
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of `model`."""
     groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)

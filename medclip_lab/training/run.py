@@ -145,7 +145,7 @@ def train(config: RunConfig) -> Path:
 
 def _start_temperature(config: ModelConfig, encoder: DualEncoder, loss: torch.nn.Module) -> None:
     """Scale and bias as the config says, else as the loss wants them; a loss without bias trains none."""
-    scale = config.logit_scale or getattr(loss, "init_logit_scale", 1 / 0.07)
+    scale: Any = config.logit_scale or getattr(loss, "init_logit_scale", 1 / 0.07)
     bias = config.logit_bias if config.logit_bias is not None else getattr(loss, "init_logit_bias", None)
     encoder.start_temperature(scale, bias if getattr(loss, "uses_bias", True) else None)
 
@@ -273,7 +273,7 @@ def resolve_precision(config: TrainerConfig) -> Literal["32-true", "bf16-mixed",
         return config.precision
     if config.accelerator != "cpu" and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.11 cannot say
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.11 cannot say
     fast = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
     return "bf16-mixed" if fast else "32-true"
 

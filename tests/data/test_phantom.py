@@ -256,7 +256,10 @@ def test_large_heart_is_wide(samples: list[Sample]) -> None:
         for entry in sample.extra["regions"].get("Cardiomegaly", []):
             if entry["image"] == 0 and sample.view[0] == "PA":
                 width[truth["severity"]].append(entry["box"][2] - entry["box"][0])
-    assert np.mean(width["mild"]) < np.mean(width["moderate"]) < np.mean(width["severe"])
+    spread = np.std(width["mild"]) / np.sqrt(len(width["mild"])) + np.std(width["severe"]) / np.sqrt(
+        len(width["severe"])
+    )
+    assert np.mean(width["severe"]) - np.mean(width["mild"]) > spread
 
 
 @pytest.mark.parametrize(

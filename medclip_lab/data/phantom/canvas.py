@@ -66,6 +66,10 @@ class Canvas:
     def distance2(self, centre: tuple[float, float], radii: tuple[float, float], angle: float = 0.0) -> Field:
         """Squared distance from `centre` in units of `radii`, along axes turned by `angle`."""
         dx, dy = self.x - np.float32(centre[0]), self.y - np.float32(centre[1])
+        if not angle:  # the common case, at half the cost
+            dx *= np.float32(1 / radii[0])
+            dy *= np.float32(1 / radii[1])
+            return np.asarray(dx * dx + dy * dy)
         cos, sin = np.cos(angle), np.sin(angle)
         a = dx * np.float32(cos / radii[0]) + dy * np.float32(sin / radii[0])
         b = dy * np.float32(cos / radii[1]) - dx * np.float32(sin / radii[1])

@@ -24,8 +24,8 @@ def shape_of(findings: dict[str, Finding]) -> Shape:
         if name == "Cardiomegaly":
             shape.heart = 1 + 0.36 * strength
         elif name == "Enlarged Cardiomediastinum":
-            shape.mediastinum = 0.078 * strength * (0.7 if finding.kind == "aorta" else 1)
-            shape.knob = 0.06 * strength if finding.kind == "aorta" else 0.0
+            shape.mediastinum = 0.12 * strength * (0.7 if finding.kind == "aorta" else 1)
+            shape.knob = 0.09 * strength if finding.kind == "aorta" else 0.0
         elif name == "Edema":
             shape.vessels = 1 + 0.4 * strength
         elif name == "Pneumothorax" and finding.kind == "tension":
@@ -86,7 +86,7 @@ def _fill(scene: Frontal, mask: Field, amount: float) -> Box | None:
 def _lesion(scene: Frontal, finding: Finding, side: str) -> list[Box | None]:
     rng, canvas, boxes = _rng(finding, side), scene.canvas, []
     for number in range((finding.count + 1) // 2 if finding.side == "bilateral" else 1):
-        at, radius = _locate(scene, finding, side), (finding.size_cm or 2.0) / 40
+        at, radius = _locate(scene, finding, side), (finding.size_cm or 2.0) / 30
         if finding.side == "bilateral":  # scattered over the lung
             at = _locate_anywhere(scene, rng, side)
             radius *= 0.75 if number else 1.0
@@ -194,7 +194,7 @@ def _atelectasis(scene: Frontal, finding: Finding, side: str) -> list[Box | None
 def _pneumothorax(scene: Frontal, finding: Finding, side: str) -> list[Box | None]:
     """The lung falls away from the wall: its edge is a line, beyond it there is air and nothing else."""
     canvas, sign = scene.canvas, SIDE[side]
-    size = (0.048, 0.10, 0.22)[finding.severity] if finding.state != -1 else 0.04
+    size = (0.10, 0.16, 0.26)[finding.severity] if finding.state != -1 else 0.07
     drop = 1.7 * size
     # Widest above: in a lying patient air also gathers at the base.
     fall = np.clip(np.float32(0.55) - canvas.y, 0.25 if scene.supine or finding.severity == 2 else 0.0, 1.1)
@@ -202,7 +202,7 @@ def _pneumothorax(scene: Frontal, finding: Finding, side: str) -> list[Box | Non
     lung = canvas.edge(shrunk, 0.012)
     space = scene.inside * (1 - lung) * (1 - scene.centre) * (1 - scene.heart) * scene.half(side)
     line = np.exp(-((shrunk / np.float32(0.014)) ** 2)) * scene.inside * (1 - scene.centre) * scene.half(side)
-    scene.dense += np.float32(0.06 + 0.06 * finding.strength) * line
+    scene.dense += np.float32(0.10 + 0.08 * finding.strength) * line
     squeezed = scene.half(side) * lung * scene.inside
     scene.air *= 1 - np.float32(0.9 * size) * squeezed
     scene.air = np.maximum(scene.air, space * np.float32(1.08))
@@ -216,7 +216,7 @@ def _effusion(scene: Frontal, finding: Finding, side: str) -> list[Box | None]:
     canvas = scene.canvas
     right, left = scene.dome_heights()
     dome = left if side == "left" else right
-    height = (0.085, 0.21, 0.50)[finding.severity] if finding.state != -1 else 0.07
+    height = (0.14, 0.27, 0.52)[finding.severity] if finding.state != -1 else 0.10
     height *= 0.85 + 0.3 * finding.place[0]
     across = np.clip(scene.u / scene.wall_width, 0, 1.2)
     level = np.float32(dome + 0.12) - np.float32(height) * (np.float32(0.55) + np.float32(0.75) * across**4)
@@ -238,7 +238,7 @@ def _pleural(scene: Frontal, finding: Finding, side: str) -> list[Box | None]:
         for _ in range(int(rng.integers(2, 4))):
             x, y = _locate_anywhere(scene, rng, side)
             turns = np.linspace(0, 2 * np.pi, 9)[:-1]
-            radii = rng.uniform(0.030, 0.062, 8)
+            radii = rng.uniform(0.045, 0.075, 8)
             outline = np.stack([x + 1.5 * radii * np.cos(turns), np.clip(y, -0.3, 0.5) + radii * np.sin(turns)], axis=1)
             strokes.append(Stroke(outline, 0, 1, True))
         plaques = canvas.strokes(strokes) * scene.inside
@@ -246,13 +246,13 @@ def _pleural(scene: Frontal, finding: Finding, side: str) -> list[Box | None]:
         return [canvas.box(plaques)]
     if finding.kind == "apical cap":
         # The apex of the lung is as round as ever, only lower.
-        lower = canvas.y - np.float32(0.07 + 0.07 * strength)
+        lower = canvas.y - np.float32(0.13 + 0.08 * strength)
         lung = np.minimum(scene.wall(lower) - scene.u, lower - np.float32(scene.body.apex))
         cap = canvas.edge(-lung, 0.02) * canvas.edge(np.float32(scene.body.apex + 0.30) - canvas.y, 0.12)
         return [_fill(scene, cap * scene.half(side), 0.9)]
     top = -0.35 + 0.25 * finding.place[0]
     span = canvas.edge(np.float32(0.30) - np.abs(canvas.y - np.float32(top + 0.30)), 0.12)
-    depth = np.float32(0.085 + 0.06 * strength) * (1 + np.float32(0.3) * canvas.cloud(rng, 9)) * span
+    depth = np.float32(0.12 + 0.06 * strength) * (1 + np.float32(0.3) * canvas.cloud(rng, 9)) * span
     rind = canvas.edge(depth - inner, 0.02) * span * scene.half(side)
     return [_fill(scene, rind, 0.9)]
 
@@ -261,9 +261,9 @@ def _fracture(scene: Frontal, finding: Finding, side: str) -> list[Box | None]:
     """Bones are drawn by `draw_bones`; here only the swelling and the callus around the break."""
     canvas, boxes = scene.canvas, []
     for at in fracture_points(scene, finding, side):
-        radius = 0.070
+        radius = 0.095
         callus = canvas.blob(at, (radius * 0.8, radius * 0.7))
-        scene.dense += np.float32(0.20 + 0.24 * finding.strength) * callus
+        scene.dense += np.float32(0.26 + 0.30 * finding.strength) * callus
         boxes.append(canvas.box(canvas.edge(1 - canvas.distance2(at, (1.9 * radius, 1.9 * radius)))))
     return boxes
 

@@ -59,7 +59,7 @@ class Lateral:
             at = (x0 + (x1 - x0) * finding.place[1], y0 + (y1 - y0) * finding.place[0])
             mask: Field | None = None
             if name == "Lung Lesion":
-                radius = (finding.size_cm or 2.0) / 40
+                radius = (finding.size_cm or 2.0) / 30
                 mask = canvas.edge(1 - canvas.distance2(at, (radius, radius)), 0.5) * np.float32(0.2 + 0.5 * strength)
             elif name == "Lung Opacity":
                 mask = canvas.blob(at, (0.15, 0.15)) * np.float32(0.5 * strength)
