@@ -174,7 +174,8 @@ class BatchStream(IterableDataset[Batch]):
         }
 
     def __len__(self) -> int:
-        return self.steps - self.start
+        # Of the whole run: Lightning counts the batches before a resume too, and ends an epoch by this length.
+        return self.steps
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import signal
 import time
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 
 from medclip_lab import distributed
 from medclip_lab.config import to_yaml
+from medclip_lab.data.order import samples_per_rank
 from medclip_lab.data.pipeline import BatchStream, DataConfig, SourceConfig, loader, steps_per_epoch
 from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.shards import Manifest, read_split
@@ -220,7 +222,10 @@ def _validation_stream(
     if len(sources) < len(config.data.sources):
         raise UserError("trainer.val_every: a source has no split 'val'; set it to 0")
     data = DataConfig(**{**vars(config.data), "sources": sources, "workers": 0, "control": "none"})
-    steps = steps_per_epoch(data, world_size, config.seed)
+    name, source = next(iter(sources.items()))
+    # The last batch may be short: a small validation split is no reason to refuse a run.
+    studies = samples_per_rank(Manifest.load(source.shards).of_split("val"), 0, world_size, config.seed, shuffle=False)
+    steps = math.ceil(studies / data.shares()[name])
     return BatchStream(
         data,
         tokenizer,
