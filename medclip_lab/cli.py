@@ -32,9 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"medclip-lab {args.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            f"\nmedclip-lab {args.verb}: interrupted; the same command goes on from what is finished", file=sys.stderr
-        )
+        print(f"\nmedclip-lab {args.verb}: interrupted; nothing is half-written, call it again", file=sys.stderr)
         return 130
 
 
@@ -135,9 +133,13 @@ def _prepare(verbs: Verbs) -> None:
     table.add_argument("path", type=Path, help=".csv or .tsv with a header line")
     table.add_argument("--image", default="image", help="column of image paths (default: image)")
     table.add_argument("--text", default="text", help="column of reports (default: text)")
-    table.add_argument("--study", default=None, help="column of study ids; rows that share one are one study")
-    table.add_argument("--patient", default=None, help="column of patient ids (default: each study its own patient)")
-    table.add_argument("--split", default=None, help="column of train/val/test (default: by patient, 80/10/10)")
+    table.add_argument(
+        "--study", default=None, help="column of study ids, its rows being one study (default: study_id, if there)"
+    )
+    table.add_argument("--patient", default=None, help="column of patient ids (default: patient_id, if there)")
+    table.add_argument(
+        "--split", default=None, help="column of train/val/test (default: split, if there, else 80/10/10)"
+    )
     table.add_argument("--labels", nargs="+", default=None, help="label columns (default: CheXpert's names)")
     table.add_argument("--image-folder", type=Path, default=None, help="where relative image paths start")
     table.add_argument("--license", default="private", help="noted in every study (default: private)")
