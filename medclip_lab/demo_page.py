@@ -172,6 +172,9 @@ def _interesting(held_out: HeldOut, number: int) -> list[int]:
         if not rows:
             break
         best = max(rows, key=lambda row: (len(_present(held_out.labels[row]) - seen), -len(held_out.texts[row])))
+        if not _present(held_out.labels[best]) - seen:
+            seen = set()  # all have been shown: begin again, or only normal studies would follow
+            best = max(rows, key=lambda row: len(_present(held_out.labels[row])))
         chosen.append(best)
         seen |= _present(held_out.labels[best])
     return chosen
