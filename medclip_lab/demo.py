@@ -23,7 +23,7 @@ from medclip_lab.training.run import RunConfig, train
 STUDIES = 2400
 IMAGE_SIZE = 128
 BLUR = 0.06  # of the side: ribs, lines and small findings are gone, the outline of the heart is not
-CONTROL_EPOCHS = 0.2  # of the main run's; the control has nothing to learn and only needs the chance to
+CONTROL_EPOCHS = 0.1  # of the main run's; the control has nothing to learn and only needs the chance to
 
 
 class Steps:

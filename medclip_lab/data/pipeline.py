@@ -60,10 +60,15 @@ class TextConfig:
     """Sentences of the report, at random."""
     sentences: int = 1
     """How many sentences make one text, at most."""
+    denials: float = 1.0
+    """How often a sentence that only denies findings is taken, relative to the others. "No pneumothorax" stands in most
+    reports: below 1, what is there is read more often than what is not."""
 
     def __post_init__(self) -> None:
         if min(self.report, self.impression, self.findings, self.sentence) < 0 or self.sentences < 1:
             raise ValueError("text: frequencies cannot be negative, and sentences must be at least 1")
+        if not 0 < self.denials <= 1:
+            raise ValueError(f"text: denials must be in (0, 1], got {self.denials}")
         if self.report + self.impression + self.findings + self.sentence <= 0:
             raise ValueError("text: one of report, impression, findings, sentence must be above 0")
 
@@ -278,15 +283,19 @@ class BatchStream(IterableDataset[Batch]):
     def _sentences(
         self, sentences: list[dict[str, Any]], chance: random.Random, rarity: Rarity | None
     ) -> list[dict[str, Any]]:
+        """A random number of sentences in random order, without repetition."""
+
+        def weight(stated: dict[str, int]) -> float:
+            # A sentence that states nothing counts as the commonest one.
+            rare = max((rarity.get(item, 1.0) for item in stated.items()), default=1.0) if rarity else 1.0
+            denies = bool(stated) and not any(stated.values())
+            return rare * self.config.text.denials if denies else rare
+
         number = min(len(sentences), chance.randint(1, self.config.text.sentences))
-        if rarity is None:
-            start = chance.randrange(len(sentences) - number + 1)
-            return sentences[start : start + number]
-        # A sentence that states nothing counts as the commonest one.
-        weights = [
-            max((rarity.get(item, 1.0) for item in sentence["labels"].items()), default=1.0) for sentence in sentences
-        ]
-        return chance.choices(sentences, weights, k=number)
+        # The largest of u^(1/w) are a weighted sample without replacement (Efraimidis and Spirakis, 2006).
+        keys = [chance.random() ** (1 / weight(sentence["labels"])) for sentence in sentences]
+        order = sorted(range(len(sentences)), key=lambda index: -keys[index])
+        return [sentences[index] for index in order[:number]]
 
 
 def _take(stream: Iterator[dict[str, Any]], number: int) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,6 @@ from medclip_lab.data.shards import Manifest, read_split
 from medclip_lab.errors import UserError
 from medclip_lab.evaluation.metrics import auroc, interval, patient_weights, retrieval, weighted_auroc
 from medclip_lab.files import digest
-from medclip_lab.inference.classifier import SCORE_TYPE
 from medclip_lab.inference.encoder import Encoder
 
 ImageChange = Callable[[Image.Image], Image.Image]
@@ -139,7 +138,7 @@ def zero_shot(
     return {
         "labelset": classifier.labelset,
         "labelset_hash": classifier.labelset_hash,
-        "score": SCORE_TYPE,
+        "score": classifier.score_type,
         "policy": "uncertain left out, not mentioned counts as absent; first image of each study",
         "macro": {"auroc": float(np.mean(measured)), "low": low, "high": high, "labels": len(measured)},
         "labels": labels,

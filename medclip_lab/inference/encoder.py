@@ -17,7 +17,7 @@ from medclip_lab.data.preprocess import Preprocess, PreprocessConfig, stack
 from medclip_lab.errors import UserError
 from medclip_lab.files import read_json
 from medclip_lab.inference.bundle import CONFIG, open_bundle
-from medclip_lab.inference.classifier import ZeroShotClassifier
+from medclip_lab.inference.classifier import ScoreType, ZeroShotClassifier
 from medclip_lab.inference.labelset import LabelSet, load_labelset
 from medclip_lab.models.dual_encoder import DualEncoder, load_named, quiet
 
@@ -65,6 +65,11 @@ class Encoder:
     def logit_scale(self) -> float:
         return float(self.model.logit_scale.detach())
 
+    @property
+    def logit_bias(self) -> float | None:
+        bias = self.model.logit_bias
+        return None if bias is None else float(bias.detach())
+
     @torch.inference_mode()
     def encode_images(self, images: Iterable[str | Path | Image.Image], batch_size: int = 64) -> NDArray[np.float32]:
         """Embeddings of image files or Pillow images.
@@ -96,19 +101,25 @@ class Encoder:
         ]
         return np.concatenate(rows) if rows else self._nothing()
 
-    def zero_shot_classifier(self, labelset: str | Path | LabelSet = "chexpert14") -> ZeroShotClassifier:
+    def zero_shot_classifier(
+        self, labelset: str | Path | LabelSet = "chexpert14", score_type: ScoreType | None = None
+    ) -> ZeroShotClassifier:
         """A classifier for a label set: the bundle's own file if it was exported with it, else built from prompts.
 
         Args:
             labelset: name of a shipped set, a YAML file, or a LabelSet.
+            score_type: the rule of scoring, see `ZeroShotClassifier`; None takes the one that fits the model.
         """
         wanted = labelset if isinstance(labelset, LabelSet) else self._labelset(labelset)
         stored = self.folder / "classifiers" / f"{wanted.name}.safetensors"
         if str(stored.relative_to(self.folder)) in self.manifest["files"]:
             classifier = ZeroShotClassifier.load(stored)
-            if classifier.labelset_hash == wanted.hash:
+            if classifier.labelset_hash == wanted.hash and score_type in (None, classifier.score_type):
                 return classifier.with_encoder(self)
-        return ZeroShotClassifier.from_prompts(wanted, self.encode_texts, self.logit_scale).with_encoder(self)
+        built = ZeroShotClassifier.from_prompts(
+            wanted, self.encode_texts, self.logit_scale, self.logit_bias, score_type
+        )
+        return built.with_encoder(self)
 
     def _labelset(self, name: str | Path) -> LabelSet:
         carried = self.folder / "labelsets" / f"{name}.yaml"

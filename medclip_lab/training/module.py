@@ -80,7 +80,7 @@ class ContrastiveModule(LightningModule):
             self.encoder.model.logit_scale.clamp_(0, MAX_LOG_SCALE)
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.encoder, self.optim)
+        optimizer = build_optimizer(self.encoder.model, self.optim)
         factor = lr_factor(self.steps, self.optim.warmup, self.optim.final_lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,30 @@ def test_balance_favours_rare_labels(unpaired: dict[str, SourceConfig]) -> None:
 
     assert share(0.0) == pytest.approx(0.025, abs=0.02)  # every twentieth report, every second sentence
     assert share(1.0) > 0.3
+
+
+def test_denials_are_read_less_often_and_no_sentence_twice(tmp_path: Path) -> None:
+    sentences = [
+        {"text": "No pneumonia.", "labels": {"Pneumonia": 0}},
+        {"text": "Cardiomegaly, no edema.", "labels": {"Cardiomegaly": 1, "Edema": 0}},
+        {"text": "PA view.", "labels": {}},
+    ]
+    samples = [Sample(f"r{i}", f"r{i}", "train", text="Report.", sentences=sentences) for i in range(20)]
+    write_shards(samples, tmp_path, "t", 20)
+    drawn: dict[float, Counter[int]] = {}
+    for denials in (1.0, 0.1):
+        text = TextConfig(report=0, sentence=1, sentences=2, denials=denials)
+        data = config(tmp_path, text=text)
+        drawn[denials] = Counter(int(ids[1]) for batch in stream(data, steps=400) for ids in batch["text"])
+    lengths = {len(sentence["text"]) for sentence in sentences}
+    pairs = {first + second + 1 for first in lengths for second in lengths if first != second}
+    assert set(drawn[1.0]) == lengths | pairs, "no sentence stands twice in a text"
+
+    def share_of_denial_among_single_sentences(counts: Counter[int]) -> float:
+        return counts[len("No pneumonia.")] / sum(counts[length] for length in lengths)
+
+    assert share_of_denial_among_single_sentences(drawn[1.0]) == pytest.approx(1 / 3, abs=0.04)
+    assert share_of_denial_among_single_sentences(drawn[0.1]) == pytest.approx(0.1 / 2.1, abs=0.02)
 
 
 def test_sentence_labels_are_those_of_the_sentence(unpaired: dict[str, SourceConfig]) -> None:

@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 import medclip_lab
 from medclip_lab.errors import UserError
-from medclip_lab.inference.classifier import ZeroShotClassifier
+from medclip_lab.inference.classifier import ScoreType, ZeroShotClassifier
 from medclip_lab.inference.encoder import load
 from medclip_lab.inference.labelset import LabelPrompts, LabelSet, load_labelset
 from medclip_lab.training.export import export
@@ -56,10 +57,13 @@ def test_embeddings_are_unit_float32_and_independent_of_the_batch(toy_bundle: Pa
 def test_classifier_from_file_equals_classifier_from_prompts(toy_bundle: Path, toy_image: Path) -> None:
     encoder = load(toy_bundle, device="cpu")
     stored = ZeroShotClassifier.load(toy_bundle / "classifiers" / "chexpert14.safetensors")
-    built = ZeroShotClassifier.from_prompts(load_labelset("chexpert14"), encoder.encode_texts, encoder.logit_scale)
+    built = ZeroShotClassifier.from_prompts(
+        load_labelset("chexpert14"), encoder.encode_texts, encoder.logit_scale, encoder.logit_bias
+    )
     features = encoder.encode_images([toy_image])
     np.testing.assert_allclose(stored.scores(features), built.scores(features), atol=1e-6)
     assert stored.labelset_hash == built.labelset_hash == load_labelset("chexpert14").hash
+    assert stored.score_type == built.score_type == "sigmoid"
 
 
 def test_predict(toy_bundle: Path, toy_image: Path) -> None:
@@ -68,9 +72,40 @@ def test_predict(toy_bundle: Path, toy_image: Path) -> None:
     assert list(answers[0]) == load_labelset("chexpert14").names
     for value in answers[0].values():
         assert 0 < value["score"] < 1
-        assert value["score_type"] == "pair_softmax"
+        assert value["score_type"] == "sigmoid"
         assert value["probability"] is None
         assert value["decision"] is None
+
+
+def test_rules_of_scoring(tmp_path: Path) -> None:
+    x = np.array([[0.6, 0.8], [1.0, 0.0]], dtype=np.float32)
+    positive, negative = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[0.8, -0.6]])
+
+    def classifier(bias: float | None, rule: ScoreType | None = None) -> ZeroShotClassifier:
+        return ZeroShotClassifier(["a"], [positive], [negative], 10.0, bias, "set", "hash", rule)
+
+    def sigmoid(z: float) -> float:
+        return 1 / (1 + math.exp(-z))
+
+    by_bias = classifier(-5.0)
+    assert by_bias.score_type == "sigmoid"
+    expected = [(sigmoid(8 - 5) + sigmoid(6 - 5)) / 2, (sigmoid(0 - 5) + sigmoid(10 - 5)) / 2]
+    np.testing.assert_allclose(by_bias.scores(x)[:, 0], expected, rtol=1e-6)
+    root = math.sqrt(0.5)  # the mean of both positive prompts is (root, root)
+    expected = [sigmoid(10 * (1.4 * root - 0.0)), sigmoid(10 * (root - 0.8))]
+    for pair in (classifier(None), classifier(-5.0, "pair_softmax")):
+        assert pair.score_type == "pair_softmax"
+        np.testing.assert_allclose(pair.scores(x)[:, 0], expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="'sigmoid' needs a model with a bias"):
+        classifier(None, "sigmoid")
+    with pytest.raises(ValueError, match=r"\(2, 3\) do not fit the classifier: \[N, 2\]"):
+        by_bias.scores(np.zeros((2, 3), dtype=np.float32))
+
+    for number, kept in enumerate((by_bias, classifier(None))):
+        kept.save(tmp_path / f"{number}.safetensors")
+        again = ZeroShotClassifier.load(tmp_path / f"{number}.safetensors")
+        assert again.score_type == kept.score_type
+        np.testing.assert_array_equal(again.scores(x), kept.scores(x))
 
 
 def test_own_label_set(toy_bundle: Path, toy_image: Path) -> None:
@@ -78,7 +113,8 @@ def test_own_label_set(toy_bundle: Path, toy_image: Path) -> None:
     swapped = LabelSet("size", [LabelPrompts("large", ["Heart size is normal."], ["The heart is enlarged."])])
     encoder = load(toy_bundle, device="cpu")
     score, other = (
-        encoder.zero_shot_classifier(labelset).predict([toy_image])[0]["large"]["score"] for labelset in (own, swapped)
+        encoder.zero_shot_classifier(labelset, "pair_softmax").predict([toy_image])[0]["large"]["score"]
+        for labelset in (own, swapped)
     )
     assert score + other == pytest.approx(1, abs=1e-5)
     assert own.hash != swapped.hash

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ def test_schedule() -> None:
     assert values == sorted(values, reverse=True)
 
 
-def test_no_decay_on_norms_biases_scale_and_positions() -> None:
+def test_groups_by_decay_and_by_rate() -> None:
     model = build_spec(
         {
             "embed_dim": 8,
@@ -162,11 +163,28 @@ def test_no_decay_on_norms_biases_scale_and_positions() -> None:
         }
     )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, kept = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.1))  # type: ignore[attr-defined]
+
+    def groups(**settings: Any) -> dict[tuple[float, float], set[str]]:
+        config = OptimConfig(lr=1.0, weight_decay=0.1, **settings)
+        return {
+            (group["lr"], group["weight_decay"]): {names[id(p)] for p in group["params"]}  # type: ignore[attr-defined, index]
+            for group in parameter_groups(model, config)
+        }
+
+    plain = groups()
+    decayed, kept = plain[1.0, 0.1], plain[1.0, 0.0]
     assert {"logit_scale", "logit_bias", "text.positional_embedding", "text.ln_final.weight"} <= kept
     assert {"text.token_embedding.weight", "text.text_projection"} <= decayed
     assert decayed | kept == set(names.values())
     assert not decayed & kept
+
+    slow = groups(lr_factors={r"text\.token": 0.5, "text": 0.25})
+    assert slow[0.5, 0.1] == {"text.token_embedding.weight"}
+    assert slow[0.25, 0.0] == {name for name in kept if name.startswith("text.")}
+    assert {"logit_scale", "logit_bias"} <= slow[1.0, 0.0]
+    assert set().union(*slow.values()) == set(names.values())
+    with pytest.raises(UserError, match="no parameter of the model matches 'txet'"):
+        groups(lr_factors={"txet": 0.5})
 
 
 def test_precision_and_config_checks() -> None:

@@ -93,7 +93,7 @@ class Finding:
     @property
     def strength(self) -> float:
         """How strongly it is drawn; what the report is unsure of is drawn faintly."""
-        return 0.6 if self.state == UNCERTAIN else (0.85, 1.0, 1.15)[self.severity]
+        return 0.6 if self.state == UNCERTAIN else (0.95, 1.1, 1.25)[self.severity]
 
     @property
     def sides(self) -> tuple[str, ...]:

@@ -62,29 +62,29 @@ def _frontal(device: Device, rng: np.random.Generator, shift: float, dome: float
     if device.kind == "endotracheal tube":
         tip = -0.36 + jitter[0]
         tube = curve((shift + jitter[1], -1.1), (shift, -0.7), (shift, tip))
-        return [Stroke(moved(tube, -0.017, 0), 0.014, 0.85), Stroke(moved(tube, 0.017, 0), 0.014, 0.85)]
+        return [Stroke(moved(tube, -0.017, 0), 0.018, 0.85), Stroke(moved(tube, 0.017, 0), 0.018, 0.85)]
     if device.kind == "enteric tube":
         path = curve(
             (shift + 0.03, -1.1), (shift + 0.01, -0.2), (shift + 0.05, 0.3), (0.30 + jitter[0], dome + 0.22), steps=20
         )
-        return [Stroke(path, 0.024, 0.65)]
+        return [Stroke(path, 0.03, 0.65)]
     if device.kind == "central line":
         tip = (shift - 0.12 + jitter[0], -0.10 + jitter[1])
         if rng.random() < 0.5:  # from the neck
             path = curve((sign * 0.22, -1.0), (sign * 0.20, -0.55), (shift - 0.13, -0.45), tip)
         else:  # from the arm
             path = curve((sign * 0.95, -0.30), (sign * 0.60, -0.78), (sign * 0.05, -0.50), tip, steps=20)
-        return [Stroke(path, 0.021, 0.72)]
+        return [Stroke(path, 0.026, 0.72)]
     if device.kind == "port":
         x, y = sign * (0.42 + jitter[0]), -0.30 + jitter[1]
         path = curve((x, y - 0.05), (sign * 0.36, -0.78), (sign * 0.02, -0.55), (shift - 0.12, -0.08), steps=20)
-        return [Stroke(_circle(x, y, 0.052), 0.03, 1.0), Stroke(path, 0.020, 0.7)]
+        return [Stroke(_circle(x, y, 0.052), 0.03, 1.0), Stroke(path, 0.025, 0.7)]
     if device.kind == "pacemaker":
         x, y = sign * (0.50 + jitter[0]), -0.42 + jitter[1]
         strokes = [Stroke(_rounded(x, y, 0.105, 0.085), 0, 0.95, True)]
         for end in ((shift - 0.10, 0.16 + jitter[2]), (shift + 0.34 + jitter[3], 0.34 + jitter[4])):
             path = curve((x - sign * 0.08, y), (sign * 0.20, -0.72), (shift - 0.22, -0.10), end, steps=20)
-            strokes += [Stroke(path, 0.020, 0.8), Stroke(path[-3:], 0.032, 1.0)]
+            strokes += [Stroke(path, 0.025, 0.8), Stroke(path[-3:], 0.032, 1.0)]
         return strokes
     if device.kind == "sternal wires":
         strokes = []
@@ -92,19 +92,19 @@ def _frontal(device: Device, rng: np.random.Generator, shift: float, dome: float
             y = -0.42 + 0.155 * number
             x = shift + jitter[number]
             loop = _rounded(x, y, 0.040, 0.022)
-            strokes += [Stroke(loop, 0.017, 0.95), Stroke(np.array([(x, y), (x + 0.02, y + 0.04)]), 0.016, 0.95)]
+            strokes += [Stroke(loop, 0.021, 0.95), Stroke(np.array([(x, y), (x + 0.02, y + 0.04)]), 0.02, 0.95)]
         return strokes
     if device.kind == "chest tube":
         top = (sign * (0.34 + jitter[0]), -0.48 + jitter[1])
         path = curve((sign * 1.0, 0.36 + jitter[2]), (sign * 0.62, 0.22), (sign * 0.50, -0.10), top, steps=20)
-        return [Stroke(moved(path, -0.020, 0), 0.013, 0.8), Stroke(moved(path, 0.020, 0), 0.013, 0.8)]
+        return [Stroke(moved(path, -0.020, 0), 0.016, 0.8), Stroke(moved(path, 0.020, 0), 0.016, 0.8)]
     assert device.kind == "ecg leads", device.kind
     strokes = []
     for x, y in ((-0.55, -0.52), (0.58, -0.50), (-0.50, 0.42), (0.52, 0.46), (0.10, 0.02)):
         x, y = x + float(rng.uniform(-0.06, 0.06)), y + float(rng.uniform(-0.06, 0.06))
-        strokes.append(Stroke(_circle(x, y, 0.022), 0.022, 0.85))
+        strokes.append(Stroke(_circle(x, y, 0.022), 0.027, 0.85))
         end = (np.sign(x) * rng.uniform(0.5, 0.95), 1.05) if y > 0 else (np.sign(x) * 1.05, y - 0.2)
-        strokes.append(Stroke(curve((x, y), (x + rng.uniform(-0.1, 0.1), y + 0.2), end), 0.015, 0.55))
+        strokes.append(Stroke(curve((x, y), (x + rng.uniform(-0.1, 0.1), y + 0.2), end), 0.019, 0.55))
     return strokes
 
 

@@ -119,7 +119,7 @@ def _pneumonia(scene: Frontal, finding: Finding, side: str) -> list[Box | None]:
     segment = canvas.edge(1 - canvas.distance2((x, y), (0.24, 0.21), rng.uniform(-0.6, 0.6)), 0.8)
     grain = canvas.cloud(rng, 22) * np.float32(0.55) + canvas.cloud(rng, 12) * np.float32(0.35)
     spots = canvas.edge(grain + np.float32(0.05), 1.0)
-    return [_fill(scene, segment * spots * scene.half(side), 0.35 + 0.62 * finding.strength)]
+    return [_fill(scene, segment * spots * scene.half(side), 0.45 + 0.62 * finding.strength)]
 
 
 def _consolidation(scene: Frontal, finding: Finding, side: str) -> list[Box | None]:
@@ -136,7 +136,7 @@ def _consolidation(scene: Frontal, finding: Finding, side: str) -> list[Box | No
         "mid": canvas.edge(y - np.float32(upper), 0.02) * canvas.edge(np.float32(upper + 0.30) - y, 0.16),
         "lower": canvas.edge(y - np.float32(lower), 0.10),
     }[finding.zone]
-    reach = np.float32((0.40, 0.52, 0.75)[finding.severity])
+    reach = np.float32((0.46, 0.58, 0.78)[finding.severity])
     lobe = lobe * canvas.edge(reach - scene.u, 0.22) * scene.half(side)
     strokes = []
     hilum = (sign * 0.18, -0.05)
@@ -186,7 +186,7 @@ def _atelectasis(scene: Frontal, finding: Finding, side: str) -> list[Box | None
             (sign * (start + length / 2), y + rise),
             (sign * (start + length), y + rise * rng.uniform(0.3, 1.2)),
         )
-        strokes.append(Stroke(path, rng.uniform(0.036, 0.054)))
+        strokes.append(Stroke(path, rng.uniform(0.042, 0.060)))
     bands = canvas.strokes(strokes)
     return [_fill(scene, bands, 0.50 + 0.50 * strength)]
 
@@ -194,7 +194,7 @@ def _atelectasis(scene: Frontal, finding: Finding, side: str) -> list[Box | None
 def _pneumothorax(scene: Frontal, finding: Finding, side: str) -> list[Box | None]:
     """The lung falls away from the wall: its edge is a line, beyond it there is air and nothing else."""
     canvas, sign = scene.canvas, SIDE[side]
-    size = (0.10, 0.16, 0.26)[finding.severity] if finding.state != -1 else 0.07
+    size = (0.12, 0.19, 0.30)[finding.severity] if finding.state != -1 else 0.07
     drop = 1.7 * size
     # Widest above: in a lying patient air also gathers at the base.
     fall = np.clip(np.float32(0.55) - canvas.y, 0.25 if scene.supine or finding.severity == 2 else 0.0, 1.1)
@@ -202,7 +202,7 @@ def _pneumothorax(scene: Frontal, finding: Finding, side: str) -> list[Box | Non
     lung = canvas.edge(shrunk, 0.012)
     space = scene.inside * (1 - lung) * (1 - scene.centre) * (1 - scene.heart) * scene.half(side)
     line = np.exp(-((shrunk / np.float32(0.014)) ** 2)) * scene.inside * (1 - scene.centre) * scene.half(side)
-    scene.dense += np.float32(0.10 + 0.08 * finding.strength) * line
+    scene.dense += np.float32(0.14 + 0.10 * finding.strength) * line
     squeezed = scene.half(side) * lung * scene.inside
     scene.air *= 1 - np.float32(0.9 * size) * squeezed
     scene.air = np.maximum(scene.air, space * np.float32(1.08))
@@ -238,7 +238,7 @@ def _pleural(scene: Frontal, finding: Finding, side: str) -> list[Box | None]:
         for _ in range(int(rng.integers(2, 4))):
             x, y = _locate_anywhere(scene, rng, side)
             turns = np.linspace(0, 2 * np.pi, 9)[:-1]
-            radii = rng.uniform(0.045, 0.075, 8)
+            radii = rng.uniform(0.055, 0.085, 8)
             outline = np.stack([x + 1.5 * radii * np.cos(turns), np.clip(y, -0.3, 0.5) + radii * np.sin(turns)], axis=1)
             strokes.append(Stroke(outline, 0, 1, True))
         plaques = canvas.strokes(strokes) * scene.inside
@@ -252,7 +252,7 @@ def _pleural(scene: Frontal, finding: Finding, side: str) -> list[Box | None]:
         return [_fill(scene, cap * scene.half(side), 0.9)]
     top = -0.35 + 0.25 * finding.place[0]
     span = canvas.edge(np.float32(0.30) - np.abs(canvas.y - np.float32(top + 0.30)), 0.12)
-    depth = np.float32(0.12 + 0.06 * strength) * (1 + np.float32(0.3) * canvas.cloud(rng, 9)) * span
+    depth = np.float32(0.15 + 0.06 * strength) * (1 + np.float32(0.3) * canvas.cloud(rng, 9)) * span
     rind = canvas.edge(depth - inner, 0.02) * span * scene.half(side)
     return [_fill(scene, rind, 0.9)]
 
@@ -286,10 +286,10 @@ def draw_bones(scene: Frontal, findings: dict[str, Finding]) -> None:
     broken, step, at = "", 0.0, 0.5
     if fracture is not None and fracture.present:
         if fracture.kind == "clavicle":
-            broken, step, at = fracture.side, 0.07 + 0.05 * fracture.strength, 0.4 + 0.2 * fracture.place[0]
+            broken, step, at = fracture.side, 0.09 + 0.05 * fracture.strength, 0.4 + 0.2 * fracture.place[0]
         else:
             points = fracture_points(scene, fracture, fracture.side)
-            breaks = [(x, y, 0.40 + 0.25 * fracture.strength) for x, y in points]
+            breaks = [(x, y, 0.50 + 0.25 * fracture.strength) for x, y in points]
     scene.bone += np.float32(0.115) * scene.ribs(breaks)
     scene.bone += np.float32(0.15) * scene.clavicles(broken, step, at)
 
