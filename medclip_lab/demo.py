@@ -10,7 +10,7 @@ from typing import Any
 
 from medclip_lab.config import load_config, shipped
 from medclip_lab.data.prepare import prepare
-from medclip_lab.demo_page import Controls, write_page
+from medclip_lab.demo_page import Controls, at_k, write_page
 from medclip_lab.errors import UserError
 from medclip_lab.evaluation.protocol import HeldOut, blur, encode_split, report
 from medclip_lab.files import digest, read_json, write_json
@@ -176,7 +176,7 @@ def _result(results: dict[str, Any], page: Path, facts: dict[str, Any], start: f
         f"macro AUROC over {span['labels']} findings, held-out patients: {span['auroc']:.3f} "
         f"({span['low']:.3f}-{span['high']:.3f}); {Controls.BLURRED} {macro[Controls.BLURRED]:.3f}, "
         f"{Controls.SHUFFLED} {macro[Controls.SHUFFLED]:.3f}",
-        f"text to image R@10: {_at(found['recall'], 10):.3f}, chance {_at(found['chance'], 10):.3f}",
+        f"text to image R@10: {at_k(found['recall'], 10):.3f}, chance {at_k(found['chance'], 10):.3f}",
         f"{seconds:.0f} s, peak memory {peak:.1f} GiB",
         f"look at it: {page}",
         f"ask it: medclip-lab search {page.parent}/bundle {page.parent}/index-images --text 'left pleural effusion'",
@@ -191,8 +191,3 @@ def _result(results: dict[str, Any], page: Path, facts: dict[str, Any], start: f
         "page": str(page),
         "summary": "\n".join(lines),
     }
-
-
-def _at(values: dict[Any, float], k: int) -> float:
-    """R@k from results in memory (integer keys) or read back from JSON (string keys)."""
-    return values[k] if k in values else values[str(k)]

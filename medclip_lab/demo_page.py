@@ -15,7 +15,8 @@ from medclip_lab.data.findings import NO_FINDING, PRESENT
 from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.shards import Manifest, read_split
 from medclip_lab.doctor import cpu_name, memory_gib
-from medclip_lab.evaluation import page as pages
+from medclip_lab.evaluation import page_data as pages
+from medclip_lab.evaluation.page import render_page
 from medclip_lab.evaluation.protocol import HeldOut
 from medclip_lab.files import atomic_file
 from medclip_lab.inference.encoder import Encoder
@@ -85,7 +86,7 @@ def write_page(
     )
     path = out / "page.html"
     with atomic_file(path) as temporary:
-        temporary.write_text(pages.render_page(data), encoding="utf-8")
+        temporary.write_text(render_page(data), encoding="utf-8")
     return path
 
 
@@ -103,8 +104,9 @@ def _machine() -> dict[str, str]:
     }
 
 
-def _get(values: dict[Any, float], k: int) -> float:
-    return values[k] if k in values else values[str(k)]  # JSON turns integer keys into strings
+def at_k(values: dict[Any, float], k: int) -> float:
+    """R@k from results in memory (integer keys) or read back from JSON (string keys)."""
+    return values[k] if k in values else values[str(k)]
 
 
 def _tiles(results: dict[str, Any], facts: dict[str, Any]) -> list[pages.Tile]:
@@ -118,7 +120,7 @@ def _tiles(results: dict[str, Any], facts: dict[str, Any]) -> list[pages.Tile]:
     ]
     for direction, name in (("text_to_image", "text to image R@10"), ("image_to_text", "image to text R@10")):
         found = results["model"]["retrieval"][direction]
-        recall, chance = _get(found["recall"], 10), _get(found["chance"], 10)
+        recall, chance = at_k(found["recall"], 10), at_k(found["chance"], 10)
         note = f"{recall / chance:.1f} times chance ({chance:.1%}), {found['gallery']} candidates"
         tiles.append(pages.Tile(name=name, value=f"{recall:.1%}", note=note))
     train = sum(seconds for name, seconds, _ in facts["timings"] if name == "train")

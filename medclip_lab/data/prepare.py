@@ -55,7 +55,7 @@ def prepare(
     if quarantine.causes:
         lines.append(f"{quarantine.summary()}, listed in {out / QUARANTINE}")
     if checks:
-        from medclip_lab.data.labeller import agreement, agreement_table
+        from medclip_lab.data.mesh import agreement, agreement_table
 
         lines += ["our label rules against the MeSH terms of the reports:", agreement_table(agreement(checks))]
     return manifest.facts, "\n".join(lines)

@@ -18,8 +18,8 @@ class OptimConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     lr_factors: dict[str, float] = field(default_factory=dict)
-    """Regular expressions on parameter names, as `model.named_parameters()` of open_clip gives them, and what multiplies
-    the rate of those that match from the start of the name; the first match counts. {"text": 0.3} slows the text tower."""
+    """Regular expressions, and what multiplies the rate of the parameters whose names they match from the start, names
+    as open_clip's `model.named_parameters()` gives them; the first match counts. {"text": 0.3} slows the text tower."""
     weight_decay: float = 0.05
     """On matrices and kernels only, never on norms, biases, embeddings of position, scale and bias."""
     betas: tuple[float, float] = (0.9, 0.98)

@@ -154,7 +154,10 @@ def test_denials_are_read_less_often_and_no_sentence_twice(tmp_path: Path) -> No
         {"text": "Cardiomegaly, no edema.", "labels": {"Cardiomegaly": 1, "Edema": 0}},
         {"text": "PA view.", "labels": {}},
     ]
-    samples = [Sample(f"r{i}", f"r{i}", "train", text="Report.", sentences=sentences) for i in range(20)]
+    samples = [
+        Sample(study_id=f"r{i}", patient_id=f"r{i}", split="train", text="Report.", sentences=sentences)
+        for i in range(20)
+    ]
     write_shards(samples, tmp_path, "t", 20)
     drawn: dict[float, Counter[int]] = {}
     for denials in (1.0, 0.1):

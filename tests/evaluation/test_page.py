@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medclip_lab.evaluation import charts
-from medclip_lab.evaluation.page import (
-    MAP_LIMIT,
+from medclip_lab.evaluation.page import MAP_LIMIT, image_uri, render_page
+from medclip_lab.evaluation.page_data import (
     MODEL,
     SECTIONS,
     ClassifiedImage,
@@ -39,9 +39,7 @@ from medclip_lab.evaluation.page import (
     TextQuery,
     Tile,
     Timing,
-    image_uri,
     label_state,
-    render_page,
 )
 
 EVIL = (

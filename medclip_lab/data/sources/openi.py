@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.parsers import expat
 
-from medclip_lab.data.labeller import combine_labels, labelled_sentences, mesh_labels
+from medclip_lab.data.labeller import combine_labels, labelled_sentences
+from medclip_lab.data.mesh import mesh_labels
 from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.report import PREAMBLE, report_text
 from medclip_lab.data.shards import Sample
@@ -40,7 +41,7 @@ def openi_total(path: Path) -> int:
 def openi_samples(path: Path, quarantine: Quarantine | None = None) -> Iterator[Sample]:
     """The reports of Open-i as text-only studies, with sentences, labels by our rules, and MeSH terms.
 
-    `extra` has "mesh" (the major terms) and "mesh_labels" (`labeller.mesh_labels` of them). Every report counts as a
+    `extra` has "mesh" (the major terms) and "mesh_labels" (`mesh.mesh_labels` of them). Every report counts as a
     patient of its own, as the collection tells no patients; the splits are 80/10/10 by a hash of the report's name.
 
     Args:
