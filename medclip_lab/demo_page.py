@@ -291,16 +291,21 @@ def _image_query(row: int, held_out: HeldOut, encoder: Encoder, reports: Index) 
 def _classified(held_out: HeldOut, encoder: Encoder) -> list[pages.ClassifiedImage]:
     rows = _interesting(held_out, 4)
     images = [Image.open(io.BytesIO(held_out.images[row])) for row in rows]
-    answers = encoder.zero_shot_classifier("chexpert14").predict(images)
+    classifier = encoder.zero_shot_classifier("chexpert14")
+    everyone = classifier.scores(held_out.features)
+    answers = classifier.predict(images)
     return [
         pages.ClassifiedImage(
             image=held_out.images[row],
             caption=held_out.texts[row],
             predictions=[
                 pages.Prediction(
-                    finding=name, score=value["score"], state=pages.label_state(held_out.labels[row].get(name))
+                    finding=name,
+                    # Scores of different findings do not compare; how many images score lower does.
+                    score=float((everyone[:, column] < value["score"]).mean()),
+                    state=pages.label_state(held_out.labels[row].get(name)),
                 )
-                for name, value in answer.items()
+                for column, (name, value) in enumerate(answer.items())
             ],
         )
         for row, answer in zip(rows, answers, strict=True)

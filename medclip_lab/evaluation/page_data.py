@@ -132,7 +132,7 @@ class ImageQuery:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The score (0..1) of one finding beside what the report says about it."""
+    """How one image scores for one finding: the share (0..1) of images that score lower; and what the report says."""
 
     finding: str
     score: float
@@ -141,7 +141,7 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifiedImage:
-    """An image and its zero-shot scores."""
+    """An image and how it scores for each finding."""
 
     image: bytes
     predictions: Sequence[Prediction]
