@@ -31,6 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"medclip-lab {args.verb}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if args.debug:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print(f"medclip-lab {args.verb}: {error.strerror or type(error).__name__}{where}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"\nmedclip-lab {args.verb}: interrupted; nothing is half-written, call it again", file=sys.stderr)
         return 130
@@ -230,6 +236,8 @@ def _run_evaluate(args: argparse.Namespace) -> None:
     from medclip_lab.files import write_json
     from medclip_lab.inference.encoder import load
 
+    if args.out and args.out.is_dir():
+        raise UserError(f"--out: {args.out} is a folder; name a JSON file")
     result = evaluate(
         load(args.bundle),
         args.shards,

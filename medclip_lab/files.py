@@ -82,6 +82,19 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
+def refuse_to_replace(out: Path, manifest: str, formats: tuple[str, ...], what: str) -> None:
+    """Stop before a folder is replaced that holds anything but `what`: an empty one, or one with its manifest, may go.
+
+    Raises:
+        UserError: `out` is a file, or a folder of something else.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    known = (out / manifest).is_file() and read_json(out / manifest, what).get("format") in formats
+    if not known:
+        raise UserError(f"out: {out} exists and is no {what}: it would be lost, choose another folder")
+
+
 def existing_folder(path: str | os.PathLike[str], what: str) -> Path:
     """`path` as a folder that exists and is not empty.
 

@@ -69,6 +69,10 @@ def place(toy_bundle: Path, toy_shards: Manifest, toy_run: Path, tmp_path: Path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.csv").write_text("picture,text\na.png,Normal.\n")
     (tmp_path / "label.csv").write_text("image,text,Edema\na.png,Normal.,2\n")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "films.tar").touch()
+    report = "The heart is enlarged and " * 20
+    (tmp_path / "swapped.csv").write_text("image,text\n" + "".join(f"{n}.png,{n} {report}\n" for n in range(3)))
     (tmp_path / "bad.yaml").write_text("data:\n  sources:\n    a: {shards: x}\noptim:\n  rate: 1\n")
     return {
         "BUNDLE": str(toy_bundle),
@@ -106,6 +110,18 @@ def place(toy_bundle: Path, toy_shards: Manifest, toy_run: Path, tmp_path: Path)
         ("search BUNDLE TMP/none --text x", "no such folder"),
         ("classify BUNDLE TMP/none.png", "cannot read"),
         ("classify BUNDLE TMP/bad.csv", "no decoder for .csv"),
+        ("export RUN --out SHARDS", "exists and is no bundle"),
+        ("export RUN --out TMP/bad.csv", "exists and is no bundle"),
+        ("index TMP/none --out SHARDS", "exists and is no index"),
+        ("prepare phantom --studies 5 --out TMP/foreign", "holds other files, such as 'films.tar'"),
+        ("prepare phantom --studies 5 --out TMP/bad.csv", "is a file"),
+        ("prepare csv TMP/swapped.csv --image text --text image --out TMP/o", "2 of 3 samples are unusable (2 missing image)"),
+        ("evaluate BUNDLE SHARDS --out TMP", "is a folder"),
+        ("evaluate BUNDLE SHARDS --draws 0", "at least one bootstrap draw"),
+        ("embed BUNDLE SHARDS --out TMP/bad.csv", "bad.csv"),
+        ("train --config phantom --out TMP/r --trainer.devices=2", "torchrun --nproc_per_node 2"),
+        ("train --config phantom --out TMP/r --trainer.log_every=0", "log_every"),
+        ("train --config phantom --out TMP/r --data.workers=-1", "workers"),
         ("demo --studies 10 --out TMP/d", "--studies must be at least 200"),
     ],
 )
@@ -119,7 +135,9 @@ def test_a_mistake_is_one_line_and_code_2(
     lines = [line for line in captured.err.splitlines() if line]
     assert lines[-1].startswith(f"medclip-lab {command.split()[0]}: ")
     assert message in lines[-1]
-    assert not any("Traceback" in line for line in lines)
+    assert not any("Traceback" in line or "heart" in line for line in lines)
+    assert (Path(place["TMP"]) / "foreign" / "films.tar").exists()
+    assert Manifest.load(place["SHARDS"]).shards
     assert captured.out == ""
 
 

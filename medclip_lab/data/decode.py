@@ -69,6 +69,11 @@ def decode_image(data: bytes, suffix: str, max_pixels: int = MAX_PIXELS) -> Imag
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DecodeError(f"broken {suffix}: {type(error).__name__}") from None
+    return eight_bits(image)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Mode "L" or "RGB" from any other; more than 8 bits are stretched from the least to the greatest value."""
     if image.mode in ("L", "RGB"):
         return image
     if image.mode in ("I;16", "I;16B", "I", "F"):

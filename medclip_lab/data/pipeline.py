@@ -99,6 +99,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("data.sources: name at least one source")
+        if self.workers < 0 or self.shuffle_size < 1 or not 0 <= self.max_bad <= 1:
+            raise ValueError(
+                "data: workers cannot be negative, shuffle_size must be at least 1 and max_bad a share, got "
+                f"{self.workers}, {self.shuffle_size} and {self.max_bad}"
+            )
         if self.batch_size < 2:
             raise ValueError(f"data.batch_size must be at least 2, got {self.batch_size}")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from medclip_lab import progress
 from medclip_lab.data.quarantine import Quarantine
-from medclip_lab.data.shards import MANIFEST, Manifest, Sample, write_shards
+from medclip_lab.data.shards import LEFT_BEHIND, MANIFEST, Manifest, Sample, write_shards
 from medclip_lab.errors import UserError
 from medclip_lab.files import digest, read_json
 
@@ -39,6 +39,11 @@ def prepare(
             Manifest.load(out)  # every shard is there
             return recorded, f"{out}: {recorded['samples']} studies, prepared before"
         raise UserError(f"out: {out} holds other shards: choose another folder, or remove it")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out: {out} is a file: choose a folder")
+    foreign = [path.name for path in out.iterdir() if not _ours(path.name)] if out.exists() else []
+    if foreign:
+        raise UserError(f"out: {out} holds other files, such as {sorted(foreign)[0]!r}: choose another folder")
     (out / QUARANTINE).unlink(missing_ok=True)
     total, samples, quarantine = _open(source, max_bad, out / QUARANTINE, options)
     checks: list[tuple[dict[str, int | None], dict[str, int]]] = []
@@ -59,6 +64,10 @@ def prepare(
 
         lines += ["our label rules against the MeSH terms of the reports:", agreement_table(agreement(checks))]
     return manifest.facts, "\n".join(lines)
+
+
+def _ours(name: str) -> bool:
+    return name == QUARANTINE or LEFT_BEHIND.fullmatch(name) is not None
 
 
 def _state_of(options: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from medclip_lab.version import __version__
 
 MANIFEST = "manifest.json"
 FORMAT = "medclip-lab-shards/1"
+LEFT_BEHIND = re.compile(r"(train|val|test)-\d{5}\.tar|\.(train|val|test)-\d{5}\.tar\.[0-9a-f]{8}\.tmp")
+"""Names that an interrupted writer leaves in its folder."""
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "dcm", "nii.gz")
 MAX_MEMBER_BYTES = 256 * 2**20  # a larger member is quarantined before a byte of it is read
@@ -63,7 +65,7 @@ def make_key(identifier: str) -> str:
     WebDataset cuts keys at the first dot, so DICOM UIDs would all collapse into one sample; whatever has to be
     changed is therefore made unique again by a short hash.
     """
-    slug = re.sub(r"[^0-9a-z_-]+", "-", identifier.lower()).strip("-")[:80]
+    slug = re.sub(r"[^0-9a-z_-]+", "-", identifier.lower()).strip("-_")[:80]
     if slug and slug == identifier:
         return slug
     suffix = hashlib.sha256(identifier.encode()).hexdigest()[:8]
@@ -127,8 +129,9 @@ class ShardWriter:
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / MANIFEST).unlink(missing_ok=True)
-        for stale in self.folder.glob("*.tar"):
-            stale.unlink()
+        for stale in self.folder.iterdir():
+            if LEFT_BEHIND.fullmatch(stale.name):
+                stale.unlink()
         return self
 
     def __exit__(
@@ -185,7 +188,7 @@ class Manifest:
         """Read `folder/manifest.json`.
 
         Raises:
-            UserError: no manifest, another format, or a shard it lists is missing or has another size.
+            UserError: no manifest, another format, or or a shard it lists is missing.
         """
         folder = Path(folder).expanduser()
         if not folder.is_dir():

@@ -95,13 +95,14 @@ def encode_split(
 def label_truth(labels: list[dict[str, int | None]], name: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """(positive, used) of each study for one label: uncertain is left out, not mentioned counts as absent.
 
-    A source that never speaks of a label (all values None) leaves nothing to use.
+    A study without a single label is not labelled, and a source that never speaks of a label leaves nothing to use.
     """
     values = [row.get(name) for row in labels]
     if all(value is None for value in values):
         return np.zeros(len(values), bool), np.zeros(len(values), bool)
     positive = np.array([value == PRESENT for value in values])
-    used = np.array([value in (PRESENT, ABSENT, None) for value in values])
+    labelled = np.array([any(value is not None for value in row.values()) for row in labels])
+    used = labelled & np.array([value in (PRESENT, ABSENT, None) for value in values])
     return positive, used
 
 
@@ -112,6 +113,8 @@ def zero_shot(
 
     A label with one class only has the value None and a reason.
     """
+    if draws < 1:
+        raise UserError(f"evaluate: at least one bootstrap draw is needed, got {draws}")
     classifier = encoder.zero_shot_classifier(labelset)
     scores = classifier.scores(held_out.features).astype(np.float64)
     weights = patient_weights(held_out.patient_ids, draws, seed)
@@ -134,7 +137,8 @@ def zero_shot(
         raise UserError(
             f"evaluate: no label of set {classifier.labelset!r} ({names}, ...) has both classes in this data"
         )
-    low, high = interval(np.mean(sampled, axis=0))
+    # A label with few positives has none in some draws: those draws are the mean of the others.
+    low, high = interval(np.nanmean(sampled, axis=0))
     return {
         "labelset": classifier.labelset,
         "labelset_hash": classifier.labelset_hash,

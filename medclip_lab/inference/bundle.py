@@ -100,7 +100,7 @@ def open_bundle(folder: str | Path) -> tuple[Path, dict[str, Any]]:
     """A bundle folder whose files are all there and unchanged, and its manifest.
 
     Raises:
-        UserError: no bundle, another format, a file missing, added or changed after export.
+        UserError: no bundle, another format, a file missing or changed after export.
     """
     path = existing_folder(folder, "bundle")
     manifest = read_json(path / MANIFEST, "bundle")

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from medclip_lab.data.decode import read_image
+from medclip_lab.data.decode import eight_bits, read_image
 from medclip_lab.data.preprocess import Preprocess, PreprocessConfig, stack
 from medclip_lab.errors import UserError
 from medclip_lab.files import read_json
@@ -122,12 +122,12 @@ class Encoder:
         return built.with_encoder(self)
 
     def _labelset(self, name: str | Path) -> LabelSet:
-        carried = self.folder / "labelsets" / f"{name}.yaml"
-        return load_labelset(carried if carried.is_file() else name)
+        carried = f"labelsets/{name}.yaml"
+        return load_labelset(self.folder / carried if carried in self.manifest["files"] else name)
 
     def _pixels(self, image: str | Path | Image.Image) -> torch.Tensor:
         if isinstance(image, Image.Image):
-            return self.preprocess(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+            return self.preprocess(eight_bits(image))
         return self.preprocess(read_image(image))
 
     def _nothing(self) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from medclip_lab.errors import UserError
-from medclip_lab.files import atomic_folder, existing_folder, read_json, sha256, write_json
+from medclip_lab.files import atomic_folder, existing_folder, read_json, refuse_to_replace, sha256, write_json
 from medclip_lab.retrieval.embed import MODALITIES, read_embeddings
 
 FORMAT = "medclip-lab-index/1"
@@ -103,8 +103,7 @@ def build_index(
     if modality not in MODALITIES:
         raise UserError(f"index: modality {modality!r} is unknown, one of {', '.join(MODALITIES)} expected")
     out = Path(out).expanduser()
-    if out.exists() and not (out / INDEX).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out: {out} exists and is no index: it would be lost, choose another folder")
+    refuse_to_replace(out, MANIFEST, (FORMAT,), "index")
     gallery, table, facts = read_embeddings(embeddings, modality)
     if include_text and "text" not in table.column_names:
         raise UserError("index: the embeddings hold no report text: embed again with --include-text")

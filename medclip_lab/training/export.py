@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from medclip_lab.config import load_config, shipped
 from medclip_lab.data.preprocess import PreprocessConfig
 from medclip_lab.errors import UserError
-from medclip_lab.files import atomic_folder, existing_folder, read_json
-from medclip_lab.inference.bundle import finish_bundle, write_bundle
+from medclip_lab.files import atomic_folder, existing_folder, read_json, refuse_to_replace
+from medclip_lab.inference.bundle import FORMAT, MANIFEST, finish_bundle, write_bundle
 from medclip_lab.inference.encoder import load
 from medclip_lab.training.run import CONFIG, DONE, MODEL, WEIGHTS, RunConfig
 
@@ -27,8 +27,7 @@ def export(run: str | Path, out: str | Path, labelsets: list[str] | None = None,
     run, out = existing_folder(run, "run"), Path(out).expanduser()
     if not (run / WEIGHTS).exists() or not (run / DONE).exists():
         raise UserError(f"run: {run} is not finished (no {DONE}): call `medclip-lab train` again to go on")
-    if out.exists() and not (out / "manifest.json").exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out: {out} exists and is no bundle: it would be lost, choose another folder")
+    refuse_to_replace(out, MANIFEST, (FORMAT,), "bundle")
     config = load_config(RunConfig, run / CONFIG)
     model = read_json(run / MODEL, "run")
     done = read_json(run / DONE, "run")

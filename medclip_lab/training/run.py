@@ -25,13 +25,14 @@ from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.shards import Manifest, read_split
 from medclip_lab.data.tokenizer import EOS_ID, FILES, Tokenizer, load_tokenizer, train_tokenizer
 from medclip_lab.errors import UserError
-from medclip_lab.files import atomic_file, atomic_folder, read_json, write_json
+from medclip_lab.files import atomic_file, atomic_folder, digest, read_json, write_json
 from medclip_lab.losses import LossConfig, build_loss
 from medclip_lab.models.dual_encoder import DualEncoder, ModelConfig, build_spec, load_named
 from medclip_lab.training.module import Console, ContrastiveModule, MetricsFile
 from medclip_lab.training.optim import OptimConfig
 
-CONFIG, MODEL, WEIGHTS, METRICS, DONE = "config.yaml", "model.json", "model.safetensors", "metrics.jsonl", "done.json"
+CONFIG, MODEL, WEIGHTS, METRICS = "config.yaml", "model.json", "model.safetensors", "metrics.jsonl"
+FACTS, DONE = "run.json", "done.json"
 
 
 @dataclass
@@ -46,11 +47,11 @@ class TrainerConfig:
     """"auto" takes bf16-mixed where the hardware multiplies bf16 and 32-true elsewhere."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
-    """Devices of this machine; under torchrun, torchrun decides."""
+    """Of this process; several are started with torchrun, one process each."""
     val_every: int = 0
     """Steps between passes over the validation split; 0 never."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; one is always written at the end."""
+    """Steps between checkpoints, from which an interrupted run goes on."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
 
@@ -59,6 +60,16 @@ class TrainerConfig:
             raise ValueError(f"trainer.steps must be at least 1, got {self.steps}")
         if self.epochs <= 0:
             raise ValueError(f"trainer.epochs must be positive, got {self.epochs}")
+        if self.devices != 1:
+            raise ValueError(
+                f"trainer.devices: a process has one device, got {self.devices}; for more start "
+                f"`torchrun --nproc_per_node {self.devices} -m medclip_lab train ...`"
+            )
+        if self.val_every < 0 or self.checkpoint_every < 1 or self.log_every < 1:
+            raise ValueError(
+                "trainer: val_every cannot be negative, checkpoint_every and log_every must be at least 1, got "
+                f"{self.val_every}, {self.checkpoint_every} and {self.log_every}"
+            )
 
 
 @dataclass
@@ -86,7 +97,8 @@ def train(config: RunConfig) -> Path:
     steps = config.trainer.steps or max(
         1, round(config.trainer.epochs * steps_per_epoch(config.data, world_size, config.seed))
     )
-    _refuse_other_run(config, out)
+    facts = {"world_size": world_size, "steps": steps, "shards": _shards_of(config)}
+    _refuse_other_run(config, facts, out)
     if (out / DONE).exists():
         return out
     out.mkdir(parents=True, exist_ok=True)
@@ -95,6 +107,11 @@ def train(config: RunConfig) -> Path:
     with _quiet_lightning():
         seed_everything(config.seed, verbose=False)
         loss = _user_error(lambda: build_loss(config.loss))
+        if config.data.control != "none" and not getattr(loss, "paired", True):
+            raise UserError(
+                f"data.control: {type(loss).__name__} trains on labels and not on pairs, so shuffling pairs changes "
+                "nothing: it would be no control"
+            )
         encoder, tokenizer, spec = prepare_model(config, out, rank)
         if isinstance(config.model.spec, dict):
             _start_temperature(config.model, encoder, loss)
@@ -102,6 +119,7 @@ def train(config: RunConfig) -> Path:
             write_json(out / MODEL, {"model_cfg": spec, "preprocess_cfg": config.data.preprocess.open_clip()})
             with atomic_file(out / CONFIG) as temporary:
                 temporary.write_text(to_yaml(config), encoding="utf-8")
+            write_json(out / FACTS, facts)
 
         last = out / "checkpoints" / "last.ckpt"
         start = int(torch.load(last, map_location="cpu", weights_only=True)["global_step"]) if last.exists() else 0
@@ -130,6 +148,9 @@ def train(config: RunConfig) -> Path:
                 ckpt_path=last if last.exists() else None,
                 weights_only=True,
             )
+        except UserError as error:
+            # A loader process hands its error on as text, with its traceback in front.
+            raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from None
         except SystemExit:
             if not trainer.interrupted:
                 raise
@@ -161,6 +182,8 @@ def prepare_model(config: RunConfig, out: Path, rank: int) -> tuple[DualEncoder,
     else:
         trained = {}
     if isinstance(config.model.spec, str):
+        if config.model.logit_scale is not None or config.model.logit_bias is not None:
+            raise UserError("model.logit_scale, model.logit_bias: a model given by name brings its own")
         if trained:
             raise UserError(
                 "model.tokenizer: a model given by name has its own tokenizer: set model.tokenizer to 'spec'"
@@ -171,6 +194,8 @@ def prepare_model(config: RunConfig, out: Path, rank: int) -> tuple[DualEncoder,
         spec: dict[str, Any] = open_clip.get_model_config(config.model.spec)
         tokenizer: Tokenizer = open_clip.get_tokenizer(config.model.spec)
     else:
+        if config.model.pretrained is not None:
+            raise UserError("model.pretrained: only a model given by name has weights to load; model.spec is inline")
         spec = json.loads(json.dumps(config.model.spec))
         if "text_cfg" not in spec or "vision_cfg" not in spec:
             raise UserError("model.spec: an open_clip model config has embed_dim, vision_cfg and text_cfg")
@@ -222,10 +247,16 @@ def _validation_stream(
     if len(sources) < len(config.data.sources):
         raise UserError("trainer.val_every: a source has no split 'val'; set it to 0")
     data = DataConfig(**{**vars(config.data), "sources": sources, "workers": 0, "control": "none"})
-    name, source = next(iter(sources.items()))
-    # The last batch may be short: a small validation split is no reason to refuse a run.
-    studies = samples_per_rank(Manifest.load(source.shards).of_split("val"), 0, world_size, config.seed, shuffle=False)
-    steps = math.ceil(studies / data.shares()[name])
+    # The last batch may be short: a small validation split is no reason to refuse a run. It ends with the source that
+    # is through first.
+    shares = data.shares()
+    steps = min(
+        math.ceil(
+            samples_per_rank(Manifest.load(source.shards).of_split("val"), 0, world_size, config.seed, shuffle=False)
+            / shares[name]
+        )
+        for name, source in sources.items()
+    )
     return BatchStream(
         data,
         tokenizer,
@@ -249,14 +280,14 @@ def _trainer(config: RunConfig, out: Path, steps: int, val: BatchStream | None) 
     )
     callbacks: list[Callback] = [Console(), MetricsFile(out / METRICS, config.trainer.log_every), checkpoint]
     launched = distributed.launched_world()[1] > 1
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched else config.trainer.devices
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched else 1
     return Trainer(
         max_steps=steps,
         max_epochs=-1,
         accelerator=config.trainer.accelerator,
         devices=local,
         num_nodes=distributed.launched_world()[1] // local if launched else 1,
-        strategy="ddp" if launched or local > 1 else "auto",
+        strategy="ddp" if launched else "auto",
         precision=resolve_precision(config.trainer),
         gradient_clip_val=config.optim.clip_norm or None,
         callbacks=callbacks,
@@ -283,11 +314,34 @@ def resolve_precision(config: TrainerConfig) -> Literal["32-true", "bf16-mixed",
     return "bf16-mixed" if fast else "32-true"
 
 
-def _refuse_other_run(config: RunConfig, out: Path) -> None:
-    """A folder holds one run: going on with another config would mix two."""
+def _shards_of(config: RunConfig) -> dict[str, str]:
+    """Per source, a digest of the shards that a run reads."""
+    return {
+        name: digest([shard.sha256 for shard in Manifest.load(source.shards).of_split(source.split)])
+        for name, source in config.data.sources.items()
+    }
+
+
+def _refuse_other_run(config: RunConfig, facts: dict[str, Any], out: Path) -> None:
+    """A folder holds one run: going on with another config, other data or other ranks would mix two."""
+
+    def settings(text: str) -> str:
+        # Where the folder lies is no setting of the run: it may have been moved.
+        return "\n".join(line for line in text.splitlines() if not line.startswith("out:"))
+
     recorded = out / CONFIG
-    if recorded.exists() and recorded.read_text(encoding="utf-8") != to_yaml(config):
+    if recorded.exists() and settings(recorded.read_text(encoding="utf-8")) != settings(to_yaml(config)):
         raise UserError(f"out: {out} holds a run with another config: choose another --out, or remove it")
+    if not (out / FACTS).exists():
+        return
+    before = read_json(out / FACTS, "run")
+    if before["shards"] != facts["shards"]:
+        raise UserError(f"out: {out} holds a run on other data: the shards changed since. Choose another --out")
+    if (before["world_size"], before["steps"]) != (facts["world_size"], facts["steps"]) and not (out / DONE).exists():
+        raise UserError(
+            f"out: {out} was started on {before['world_size']} processes with {before['steps']} steps, and this would "
+            f"be {facts['world_size']} with {facts['steps']}: go on as it was started"
+        )
 
 
 def _user_error(make: Any) -> Any:

@@ -193,3 +193,8 @@ def test_quarantine_counts_a_sample_once(tmp_path: Path) -> None:
     assert quarantine.causes == {"unreadable image": 1}
     assert len((tmp_path / "q.jsonl").read_text().splitlines()) == 1
     assert "1 of 1000" in quarantine.summary()
+
+
+@pytest.mark.parametrize("identifier", ["_scan1", "__", "-_a", "Größe"])
+def test_keys_never_start_as_unsafe_members_do(identifier: str) -> None:
+    assert make_key(identifier)[0] not in "_-"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from medclip_lab.data.decode import decode_image
 from medclip_lab.data.findings import CHEXPERT14
 from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.shards import Sample, write_shards
@@ -401,6 +402,22 @@ def test_csv_pairs_of_image_and_text(table: Callable[..., Path]) -> None:
     assert second.images[0][0] == "jpg"
     assert second.labels["No Finding"] == 1
     assert first.key != second.key
+
+
+def test_csv_takes_images_for_what_they_are_not_for_what_they_are_called(table: Callable[..., Path]) -> None:
+    path = table("image,text\na.jpg,Normal chest.\nb.tif,Normal chest.\n", {"a.jpg": PNG, "b.tif": encoded("JPEG")})
+    samples = read(path)
+    assert [sample.images[0][0] for sample in samples] == ["png", "jpg"]
+    for sample in samples:
+        decode_image(sample.images[0][1], sample.images[0][0])
+
+
+def test_csv_never_repeats_a_long_cell(table: Callable[..., Path]) -> None:
+    path = table("image,text,Edema\na.png,Normal.,no edema and no pneumothorax\n", {"a.png": PNG})
+    with pytest.raises(UserError, match="'Edema' holds a text of 28 characters, one of 1, 0, -1 or blank"):
+        read(path)
+    path = table("image,text\n~nobody-of-this-name/a.png,Normal chest.\n", {})
+    assert read(path) == []
 
 
 def test_csv_rows_of_a_study_are_one_study(table: Callable[..., Path], tmp_path: Path) -> None:

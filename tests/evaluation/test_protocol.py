@@ -41,10 +41,10 @@ def test_blur_changes_the_image_and_nothing_else(toy_bundle: Path, toy_shards: M
 
 
 def test_states_of_labels() -> None:
-    labels = [{"a": 1}, {"a": 0}, {"a": -1}, {"a": None}, {}]
+    labels: list[dict[str, int | None]] = [{"a": 1}, {"a": 0}, {"a": -1}, {"a": None, "c": 0}, {"a": None}, {}]
     positive, used = label_truth(labels, "a")
-    assert positive.tolist() == [True, False, False, False, False]
-    assert used.tolist() == [True, True, False, True, True]
+    assert positive.tolist() == [True, False, False, False, False, False]
+    assert used.tolist() == [True, True, False, True, False, False], "a study without a single label is not labelled"
     assert not label_truth(labels, "b")[1].any()
 
 

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from medclip_lab.data.pipeline import BatchStream
-from medclip_lab.data.shards import Manifest
+from medclip_lab.data.shards import Manifest, Sample, write_shards
 from medclip_lab.errors import UserError
 from medclip_lab.models.dual_encoder import build_spec
 from medclip_lab.training import run as runs
@@ -32,6 +33,7 @@ def test_training_learns_and_leaves_a_whole_folder(toy_run: Path) -> None:
         "metrics.jsonl",
         "model.json",
         "model.safetensors",
+        "run.json",
         "tokenizer",
     }
     assert json.loads((toy_run / "done.json").read_text())["steps"] == 30
@@ -75,6 +77,43 @@ def test_an_interrupted_run_goes_on_where_it_was(
     expected = load_file(toy_run / runs.WEIGHTS)
     for name, value in load_file(out / runs.WEIGHTS).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_goes_on_with_what_it_was_started_on(
+    toy_run: Path, toy_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = Path(shutil.copytree(toy_run, tmp_path / "moved"))
+    assert train(toy_config(moved)) == moved, "where a run lies is no setting of it"
+    facts = json.loads((moved / runs.FACTS).read_text())
+    facts["shards"] = {"toy": "of yesterday"}
+    (moved / runs.FACTS).write_text(json.dumps(facts))
+    with pytest.raises(UserError, match="the shards changed since"):
+        train(toy_config(moved))
+
+    begun = Path(shutil.copytree(toy_run, tmp_path / "begun"))
+    (begun / runs.DONE).unlink()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="was started on 1 processes with 30 steps"):
+        train(toy_config(begun))
+
+
+def test_shuffled_pairs_are_no_control_of_a_loss_on_labels(toy_config: Config, tmp_path: Path) -> None:
+    settings = ["--loss.name=SoftTargetClipLoss", "--data.control=shuffled_pairs"]
+    with pytest.raises(UserError, match="trains on labels and not on pairs"):
+        train(toy_config(tmp_path / "run", *settings))
+
+
+def test_an_error_in_a_loader_process_is_one_line(toy_config: Config, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    broken = (
+        Sample(study_id=f"s{n}", patient_id=f"s{n}", split="train", images=[("png", b"no image")], text="Text.")
+        for n in range(40)
+    )
+    write_shards(broken, shards, "t", 10)
+    settings = [f"--data.sources.toy.shards={shards}", "--data.workers=1"]
+    with pytest.raises(UserError, match=r"^\d+ of 40 samples are unusable \(\d+ unreadable image\)") as error:
+        train(toy_config(tmp_path / "run", *settings))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow

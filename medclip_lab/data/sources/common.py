@@ -15,6 +15,7 @@ from medclip_lab.data.shards import IMAGE_SUFFIXES, MAX_MEMBER_BYTES
 from medclip_lab.errors import UserError
 
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
+_PILLOW_SUFFIXES = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "tif": "TIFF", "tiff": "TIFF"}
 _NIFTI_HEADER = 352  # bytes; the magic stands at 344 in version 1, at 4 in version 2
 
 
@@ -47,20 +48,29 @@ def read_image(path: Path | None) -> tuple[str, bytes]:
     Raises:
         BadImageError: there is no such file, it is no image, or it does not decode to its end.
     """
-    if path is None or not path.is_file():
+    try:
+        there = path is not None and path.is_file()
+    except OSError:  # a name that is no name, such as a report in the wrong column: it must not be printed
+        there = False
+    if path is None or not there:
         raise BadImageError("missing image", "no such file")
     suffix = image_suffix(path.name)
     if suffix is None:
         raise BadImageError("unknown image format", f"the suffix is none of {', '.join(IMAGE_SUFFIXES)}")
     if path.stat().st_size > MAX_MEMBER_BYTES:
         raise BadImageError("image too large", f"{path.stat().st_size} bytes")
-    data = path.read_bytes()
-    check_image(suffix, data)
-    return suffix, data
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadImageError("unreadable image", error.strerror or type(error).__name__) from None
+    return check_image(suffix, data), data
 
 
-def check_image(suffix: str, data: bytes) -> None:
+def check_image(suffix: str, data: bytes) -> str:
     """Look at an image: Pillow formats are decoded to the end, of DICOM and NIfTI only the magic is read.
+
+    Returns:
+        The suffix that its content deserves: hospitals export PNG files named .jpg.
 
     Raises:
         BadImageError: it does not decode.
@@ -82,10 +92,14 @@ def check_image(suffix: str, data: bytes) -> None:
                 image.verify()
             with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
                 image.load()  # verify() sees the header only: a file cut short passes it
+                found = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "TIFF": "tif"}[str(image.format)]
+                if _PILLOW_SUFFIXES.get(suffix) != image.format:
+                    suffix = found
         except UnidentifiedImageError:
             raise BadImageError("unreadable image", "not a JPEG, PNG, WebP or TIFF file") from None
         except Exception as error:  # damaged files make decoders raise almost anything
             raise BadImageError("unreadable image", f"{type(error).__name__}: {error}") from None
+    return suffix
 
 
 def require_columns(path: Path, there: Sequence[str], needed: Iterable[str]) -> None:

@@ -179,13 +179,25 @@ def _group(
 
 def _name_of(image: str) -> str:
     """An image path as the name of a study; of an absolute one, whose folders may name people, the end and a hash."""
-    path = Path(image).expanduser()
+    path = _home(image)
     return f"{path.name}-{hashlib.sha256(image.encode()).hexdigest()[:8]}" if path.is_absolute() else image
+
+
+def _home(cell: str) -> Path:
+    try:
+        return Path(cell).expanduser()
+    except RuntimeError:  # "~name" of nobody
+        return Path(cell)
+
+
+def _short(value: str) -> str:
+    """A cell for an error message: a long one is likely report text, which must not be printed."""
+    return repr(value) if len(value) <= 12 else f"a text of {len(value)} characters"
 
 
 def _split(value: str, where: str, column: str) -> str:
     if value and value.lower() not in _SPLITS:
-        raise UserError(f"{where}: column {column!r} holds {value!r}, one of {', '.join(SPLITS)} expected")
+        raise UserError(f"{where}: column {column!r} holds {_short(value)}, one of {', '.join(SPLITS)} expected")
     if column and not value:
         raise UserError(f"{where}: column {column!r} is empty, one of {', '.join(SPLITS)} expected")
     return _SPLITS.get(value.lower(), "")
@@ -193,7 +205,7 @@ def _split(value: str, where: str, column: str) -> str:
 
 def _label(value: str, where: str, column: str) -> int | None:
     if value not in _VALUES:
-        raise UserError(f"{where}: label column {column!r} holds {value!r}, one of 1, 0, -1 or blank expected")
+        raise UserError(f"{where}: label column {column!r} holds {_short(value)}, one of 1, 0, -1 or blank expected")
     return _VALUES[value]
 
 
@@ -204,7 +216,7 @@ def _read_images(
     images, views, bad = [], [], []
     for cell, view in study.images.items():
         try:
-            images.append(read_image(base / Path(cell).expanduser()))
+            images.append(read_image(base / _home(cell)))
             views.append(view)
         except BadImageError as error:
             bad.append(error)
