@@ -117,9 +117,7 @@ def _prepare(verbs: Verbs) -> None:
         added.epilog = f"example:\n  medclip-lab prepare {example}"
         added.add_argument("--out", type=Path, required=True, help="folder for the shards")
         added.add_argument("--samples-per-shard", type=int, default=256, help="studies in a shard (default: 256)")
-        added.add_argument(
-            "--max-bad", type=float, default=0.01, help="share of unusable studies that stops it (default: 0.01)"
-        )
+        _max_bad(added)
         return added
 
     phantom = source("phantom", "synthetic chest radiographs with reports", "phantom --studies 1000 --out shards")
@@ -229,6 +227,13 @@ def _evaluate(verbs: Verbs) -> None:
     parser.add_argument("--blur", type=float, default=0.0, help="control: blur images by this share of their side")
     parser.add_argument("--shuffle-labels", action="store_true", help="control: shuffle labels between studies")
     parser.add_argument("--out", type=Path, default=None, help="write the results as JSON too")
+    _max_bad(parser)
+
+
+def _max_bad(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-bad", type=float, default=0.01, help="share of unusable studies that stops it (default: 0.01)"
+    )
 
 
 def _run_evaluate(args: argparse.Namespace) -> None:
@@ -247,6 +252,7 @@ def _run_evaluate(args: argparse.Namespace) -> None:
         seed=args.seed,
         change=blur(args.blur) if args.blur else None,
         control=args.shuffle_labels,
+        max_bad=args.max_bad,
     )
     if args.out:
         write_json(args.out, result | {"command": args.command})
@@ -265,13 +271,14 @@ def _embed(verbs: Verbs) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--split", default=None, help="one split only (default: all)")
     parser.add_argument("--include-text", action="store_true", help="keep the report text, private as it is")
+    _max_bad(parser)
 
 
 def _run_embed(args: argparse.Namespace) -> None:
     from medclip_lab.inference.encoder import load
     from medclip_lab.retrieval.embed import embed
 
-    manifest = embed(load(args.bundle), args.shards, args.out, args.split, args.include_text)
+    manifest = embed(load(args.bundle), args.shards, args.out, args.split, args.include_text, args.max_bad)
     rows = {name: sum(files[name]["rows"] for files in manifest["files"].values()) for name in ("image", "text")}
     _say(args, manifest, f"{args.out}: {rows['image']} images, {rows['text']} reports")
 
