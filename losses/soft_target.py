@@ -1,119 +1,130 @@
 """Semantic matching: targets from the labels instead of from who was paired with whom."""
 
-from typing import ClassVar, Literal, overload
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from medclip_lab.distributed import gather
+from medclip_lab import distributed
 from medclip_lab.losses import functional
+from medclip_lab.losses.base import Batch, check_ids, check_rows, choose
+from medclip_lab.losses.clip import SoftmaxLoss
+
+State = float | Literal["ignore"]
 
 
-class SoftTargetClipLoss(nn.Module):
-    """MedCLIP's semantic matching loss over the global batch (Wang et al., EMNLP 2022, arXiv 2210.10163, eq. 1-5).
+class SoftTargetClipLoss(SoftmaxLoss):
+    """MedCLIP's semantic matching loss over the global batch (Wang et al., EMNLP 2022, arXiv 2210.10163, eq. 1-5):
 
-    An image and a text are as positive as their label vectors agree, so images without reports and reports without
-    images train together. The defaults are the paper's equation with a cosine; `similarity="dot"` is what its code
+        loss = -w / N sum_ij softmax_j(a_ij / T) log softmax_j(s x_i . t_j) - (1 - w) / M (the same over i)
+
+    An image and a text are as positive as their label vectors agree, a_ij, so images without reports and reports
+    without images train together. The defaults are the paper's equation with a cosine; `similarity="dot"` is what its code
     does. Two things the code lacks are settings here: with the softmax at temperature 1 the target of a matching pair
     in a batch of 1,024 is 0.27 % and the loss can hardly move, so `target_temperature` sharpens it; and a negated
     sentence ("no effusion") has the vector zero, so `absent` may give absence a value of its own.
 
     Args:
         similarity: "cosine" or "dot" of the label vectors.
-        target_temperature: divides the similarity before the softmax that makes the targets.
-        absent, uncertain, unmentioned: what these label states count as in the similarity; present counts as 1.
+        target_temperature: T, divides the similarity before the softmax that makes the targets.
+        absent: what an absent finding counts as in the similarity; present counts as 1.
+        uncertain, unmentioned: what these states count as, or "ignore": a pair is then compared on the labels that are
+            known of both sides only.
+        image_to_text_weight, directions, options: as for `ClipLoss`.
+
+    Called with `image_labels` [N, K] and `text_labels` [M, K]: 1 present, 0 absent, -1 uncertain, NaN not mentioned. A
+    label that was never asked of a row (another hospital's list) is told by `image_label_mask` [N, K] or
+    `text_label_mask` [M, K], False where a label is to be ignored. With `output_dict` the loss also tells
+    "excess_loss", how far it is above its floor, the entropy of the targets: the number to watch.
     """
 
-    inputs: ClassVar[tuple[str, ...]] = ("image_labels", "text_labels")
     paired: ClassVar[bool] = False
-    uses_bias: ClassVar[bool] = False
-    init_logit_scale: ClassVar[float] = 1 / 0.07
-    init_logit_bias: ClassVar[float | None] = None
+    inputs = ("image_labels", "text_labels")
+    optional_inputs = ("image_label_mask", "text_label_mask")
 
     def __init__(
         self,
         similarity: Literal["cosine", "dot"] = "cosine",
         target_temperature: float = 1.0,
         absent: float = 0.0,
-        uncertain: float = 0.0,
-        unmentioned: float = 0.0,
+        uncertain: State = 0.0,
+        unmentioned: State = 0.0,
+        image_to_text_weight: float = 0.5,
+        directions: Literal["mean", "sum"] = "mean",
+        **options: Any,
     ) -> None:
-        super().__init__()
-        if similarity not in ("cosine", "dot"):
-            raise ValueError(f"similarity: 'cosine' or 'dot' expected, got {similarity!r}")
-        if target_temperature <= 0:
+        super().__init__(image_to_text_weight, directions, **options)
+        choose("similarity", similarity, ("cosine", "dot"))
+        if not target_temperature > 0:
             raise ValueError(f"target_temperature must be positive, got {target_temperature}")
+        for name, value in (("uncertain", uncertain), ("unmentioned", unmentioned)):
+            if isinstance(value, str) and value != "ignore":
+                raise ValueError(f"{name}: a number or 'ignore' expected, got {value!r}")
         self.similarity = similarity
         self.target_temperature = target_temperature
         self.absent = absent
         self.uncertain = uncertain
         self.unmentioned = unmentioned
 
-    @overload
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
-        *,
-        image_labels: Tensor,
-        text_labels: Tensor,
-        output_dict: Literal[False] = False,
-    ) -> Tensor: ...
-    @overload
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
-        *,
-        image_labels: Tensor,
-        text_labels: Tensor,
-        output_dict: Literal[True],
-    ) -> dict[str, Tensor]: ...
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
-        *,
-        image_labels: Tensor,
-        text_labels: Tensor,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        """Loss of the global batch.
+    def check_inputs(self, image_features: Tensor, text_features: Tensor, **inputs: Tensor) -> None:
+        """Refuse labels that do not fit the features or each other."""
+        check_ids(image_features, text_features, inputs)
+        for side, features in (("image", image_features), ("text", text_features)):
+            mask = inputs.get(f"{side}_label_mask")
+            if mask is None:
+                continue
+            check_rows(f"{side}_label_mask", mask, len(features), 2, features.device)
+            if mask.dtype != torch.bool or mask.shape != inputs[f"{side}_labels"].shape:
+                raise ValueError(
+                    f"{side}_label_mask must be bool {tuple(inputs[f'{side}_labels'].shape)}, as {side}_labels; "
+                    f"got {mask.dtype} {tuple(mask.shape)}"
+                )
 
-        Args:
-            image_features: [N, D], unit norm.
-            text_features: [M, D], unit norm; need not be as many as the images, nor their reports.
-            logit_scale: scalar, already exponentiated.
-            logit_bias: added to every logit; the softmax does not change with it.
-            image_labels, text_labels: [N, K] and [M, K]: 1 present, 0 absent, -1 uncertain, NaN not mentioned.
-            output_dict: return {"contrastive_loss": loss, "excess_loss": loss above its floor, the target entropy}.
+    def _values(self, batch: Batch, side: Literal["image", "text"], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Values [N, K] of own labels and, if any label of any row may be ignored, 1 where they count."""
+        labels = batch.inputs[f"{side}_labels"].to(dtype)
+        states = {"uncertain": self.uncertain, "unmentioned": self.unmentioned}
+        numbers = {name: 0.0 if isinstance(value, str) else value for name, value in states.items()}
+        values = functional.label_values(labels, self.absent, **numbers)
+        masked = any(name in batch.inputs for name in self.optional_inputs)
+        if not masked and not any(isinstance(value, str) for value in states.values()):
+            return values, None
+        known = torch.ones_like(labels, dtype=torch.bool)
+        if self.uncertain == "ignore":
+            known &= labels != -1
+        if self.unmentioned == "ignore":
+            known &= ~labels.isnan()
+        mask = batch.inputs.get(f"{side}_label_mask")
+        return values, (known if mask is None else known & mask).to(dtype)
 
-        Raises:
-            ValueError: labels that do not fit the features or each other.
-        """
-        functional.check_features(image_features, text_features, paired=False)
-        expected = (
-            ("image_labels", image_labels, "image_features", image_features),
-            ("text_labels", text_labels, "text_features", text_features),
-        )
-        for name, labels, of, features in expected:
-            if labels.ndim != 2 or len(labels) != len(features):
-                raise ValueError(f"{name} {tuple(labels.shape)} must be [rows of {of}, labels]: {len(features)} rows")
-        if image_labels.shape[1] != text_labels.shape[1]:
-            raise ValueError(f"labels differ: {image_labels.shape[1]} of images, {text_labels.shape[1]} of texts")
+    def reference(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        # The targets' temperature multiplies rounding, so half precision stops here too.
+        with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+            sides: list[list[Tensor | None]] = []
+            for side, sizes in (("image", batch.image_sizes), ("text", batch.text_sizes)):
+                pair = self._values(batch, side, logits.dtype)  # type: ignore[arg-type]
+                sides.append([None if value is None else distributed.gather(value, sizes) for value in pair])
+            (images, image_known), (texts, text_known) = sides
+            assert images is not None
+            assert texts is not None
+            similar = functional.label_similarity(images, texts, self.similarity, image_known, text_known)
+        loss, floor = functional.soft_target_loss(logits, similar, self.target_temperature, *self.weights)
+        return {"contrastive_loss": loss, "excess_loss": loss.detach() - floor}
 
-        scores = functional.logits(gather(image_features), gather(text_features), logit_scale, logit_bias)
-        image_values, text_values = (
-            functional.label_values(gather(labels).to(scores.dtype), self.absent, self.uncertain, self.unmentioned)
-            for labels in (image_labels, text_labels)
-        )
+    def chunked(self, batch: Batch) -> dict[str, Tensor]:
+        dtype = functional.wide_dtype(batch.image_features, batch.text_features)
         with torch.no_grad():
-            similarity = functional.label_similarity(image_values, text_values, self.similarity)
-        loss, floor = functional.soft_target_loss(scores, similarity, self.target_temperature)
-        return {"contrastive_loss": loss, "excess_loss": loss.detach() - floor} if output_dict else loss
+            images, image_known = self._values(batch, "image", dtype)
+            texts, text_known = self._values(batch, "text", dtype)
+            similarity: str = self.similarity
+            if image_known is None and similarity == "cosine":
+                # Once for all blocks; where labels are ignored the norms belong to pairs.
+                images, texts, similarity = F.normalize(images, dim=1), F.normalize(texts, dim=1), "dot"
+            values = [images, distributed.gather(texts, batch.text_sizes)]
+            if image_known is not None and text_known is not None:
+                values += [image_known, distributed.gather(text_known, batch.text_sizes)]
+        loss, floor = self.softmax_pairs(
+            batch, label_values=values, similarity=similarity, temperature=self.target_temperature
+        )
+        return {"contrastive_loss": loss, "excess_loss": loss.detach() - floor}

@@ -1,6 +1,8 @@
 """Ranks and the collectives between them: the only file that knows of other processes."""
 
+import hashlib
 import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +15,39 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Which of them this is; 0 without a process group."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def launched_world() -> tuple[int, int]:
     """(rank, world size) as torchrun announces them, also before the process group exists."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def agree(counts: Sequence[int], what: str, device: torch.device) -> list[list[int]]:
+    """Every rank's `counts`, after all ranks have found that they are about to do the same thing.
+
+    Args:
+        counts: as many on every rank.
+        what: a description of what is to be done, equal on all ranks.
+
+    Raises:
+        ValueError: on every rank, if the descriptions differ; what would have come next could hang.
+    """
+    if world_size() == 1:
+        return [list(counts)]
+    mark = int.from_bytes(hashlib.sha256(what.encode()).digest()[:8], "big", signed=True)
+    mine = torch.tensor([*counts, mark], dtype=torch.int64, device=device)
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, mine)
+    rows: list[list[int]] = torch.stack(parts).tolist()
+    if any(row[-1] != mark for row in rows):
+        said: list[Any] = [None] * len(rows)
+        dist.all_gather_object(said, what)
+        other = next(index for index, text in enumerate(said) if text != said[0])
+        raise ValueError(f"ranks disagree: rank 0 has {said[0]}; rank {other} has {said[other]}")
+    return [row[:-1] for row in rows]
 
 
 class _Gather(torch.autograd.Function):
@@ -40,14 +72,119 @@ class _Gather(torch.autograd.Function):
         return torch.split(gradient, ctx.sizes)[dist.get_rank()], None
 
 
-def gather(local: Tensor) -> Tensor:
+def gather(local: Tensor, sizes: list[int] | None = None) -> Tensor:
     """Rows of all ranks in the order of ranks, [sum of B, ...] from [B, ...] each; differentiable.
 
-    Shares may differ in B. Without a process group the tensor itself comes back.
+    Args:
+        sizes: rows of each rank, where they are known already. Without a process group the tensor itself comes back.
     """
     if world_size() == 1:
         return local
-    sizes = [torch.zeros(1, dtype=torch.int64, device=local.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(local)], device=local.device))
-    gathered: Tensor = _Gather.apply(local.contiguous(), [int(size) for size in sizes])
+    if sizes is None:
+        sizes = [row[0] for row in agree([len(local)], "gather", local.device)]
+    gathered: Tensor = _Gather.apply(local.contiguous(), sizes)
     return gathered
+
+
+class _Total(torch.autograd.Function):
+    """Sum over ranks whose backward is W times the rank's own share, which an average over ranks makes exact."""
+
+    @staticmethod
+    def forward(_: Any, share: Tensor) -> Tensor:
+        total = share.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return gradient * dist.get_world_size()
+
+
+def total(share: Tensor) -> Tensor:
+    """The sum of every rank's share of a loss, on all ranks; its gradients follow the convention of `gather`."""
+    if world_size() == 1:
+        return share
+    value: Tensor = _Total.apply(share)
+    return value
+
+
+def all_sum(value: Tensor) -> Tensor:
+    """The sum over ranks, in place; no gradient."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def all_logsumexp(value: Tensor) -> Tensor:
+    """log(sum over ranks of exp(value)), element by element; no gradient."""
+    if world_size() == 1:
+        return value
+    top = value.clone()
+    dist.all_reduce(top, dist.ReduceOp.MAX)
+    finite = torch.where(top.isfinite(), top, torch.zeros_like(top))
+    part = (value - finite).exp()
+    dist.all_reduce(part)
+    return part.log() + finite
+
+
+class Shares:
+    """The rows of every rank, each as soon as it has arrived; no gradient.
+
+    Args:
+        local: [B, ...] of this rank.
+        sizes: rows of each rank.
+    """
+
+    def __init__(self, local: Tensor, sizes: Sequence[int]) -> None:
+        self.sizes = sizes
+        self._parts: list[tuple[Tensor, Any]] = []
+        for source, size in enumerate(sizes):
+            part = local.contiguous() if source == rank() else local.new_empty(size, *local.shape[1:])
+            # All are under way before the first is used: work on the own rows hides the others' journey.
+            moving = len(sizes) > 1 and size > 0
+            self._parts.append((part, dist.broadcast(part, source, async_op=True) if moving else None))
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        """(rank, its rows), own rows first."""
+        me = rank()
+        for source in (me, *(other for other in range(len(self.sizes)) if other != me)):
+            part, work = self._parts[source]
+            if work is not None and source != me:
+                work.wait()
+            yield source, part
+
+    def close(self) -> None:
+        """Wait until the own rows have left."""
+        work = self._parts[rank()][1]
+        if work is not None:
+            work.wait()
+
+
+class Returns:
+    """What all ranks computed for each other's rows, summed where the rows are; no gradient."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._sizes = sizes
+        self._waiting: dict[int, Tensor] = {}
+        self._next = 0
+        self._under_way: list[tuple[Any, Tensor]] = []
+        self._own: Tensor | None = None
+
+    def send(self, owner: int, part: Tensor) -> None:
+        """Hand over this rank's part for the rows of `owner`; every rank sends one to each."""
+        self._waiting[owner] = part
+        if owner == rank():
+            self._own = part
+        # Collectives must meet in one order, and every rank begins with its own rows: so the parts queue here.
+        while self._next in self._waiting:
+            part = self._waiting.pop(self._next)
+            if len(self._sizes) > 1 and self._sizes[self._next] > 0:
+                self._under_way.append((dist.reduce(part, self._next, async_op=True), part))
+            self._next += 1
+
+    def own(self) -> Tensor:
+        """The sum over ranks for this rank's rows, when every part has been sent."""
+        for work, _ in self._under_way:
+            work.wait()
+        assert self._own is not None
+        return self._own

@@ -1,26 +1,23 @@
 """Shared fixtures: toy studies, a trained toy run and its bundle, a pool of gloo ranks, the optional real data."""
 
+import contextlib
 import io
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 
 from medclip_lab.config import load_config
 from medclip_lab.data.findings import CHEXPERT14
 from medclip_lab.data.shards import Manifest, Sample, write_shards
+from medclip_lab.losses.testing import Runner, processes
 from medclip_lab.training.export import export
 from medclip_lab.training.run import RunConfig, train
 
-WORLD = 2
 TOY_SPLITS = ("train", "train", "train", "val", "test")
 
 
@@ -119,26 +116,21 @@ def real_data() -> Path:
     return folder
 
 
-def _join(ranks: Any, store: str) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=ranks.get(), world_size=WORLD)
+@pytest.fixture(scope="session")
+def gloo() -> Iterator[Callable[[int], Runner]]:
+    """From a world size to what runs an importable function on every rank of a gloo group, started once a session."""
+    running: dict[int, Runner] = {}
+    with contextlib.ExitStack() as stack:
+
+        def group(world: int) -> Runner:
+            if world not in running:
+                running[world] = stack.enter_context(processes(world))
+            return running[world]
+
+        yield group
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[[Callable[..., Any], tuple[Any, ...]], list[Any]]]:
-    """Runs a module-level function on every rank of a gloo group and returns the answers, in the order of ranks."""
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    for rank in range(WORLD):
-        queue.put(rank)
-    with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
-        with context.Pool(WORLD, initializer=_join, initargs=(queue, store)) as pool:
-
-            def run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
-                # Each function meets the others in a collective, so no worker can take two of the calls.
-                answers = pool.starmap_async(function, [arguments] * WORLD, chunksize=1).get(timeout=120)
-                return [answer for _, answer in sorted(answers, key=lambda pair: pair[0])]
-
-            yield run
+def ranks(gloo: Callable[[int], Runner]) -> Runner:
+    """A group of two."""
+    return gloo(2)

@@ -1,5 +1,6 @@
 """One optimisation step: towers, loss, temperature; and what the console and the metrics file show of it."""
 
+import hashlib
 import json
 import math
 import sys
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 from medclip_lab import progress
 from medclip_lab.data.pipeline import Batch
 from medclip_lab.errors import UserError
-from medclip_lab.models.dual_encoder import DualEncoder
+from medclip_lab.losses.diagnostics import diagnose
+from medclip_lab.losses.functional import row_ids
+from medclip_lab.models.dual_encoder import DualEncoder, Features
+from medclip_lab.training.gradient_cache import in_chunks, refuse_batch_statistics
 from medclip_lab.training.optim import OptimConfig, build_optimizer, lr_factor
 
 MAX_LOG_SCALE = math.log(100)  # Radford et al. 2021: a larger scale makes training unstable
@@ -26,46 +30,77 @@ class ContrastiveModule(LightningModule):
 
     Args:
         encoder: towers; called with a batch, returns a dict of features.
-        loss: called as open_clip calls its losses. Its attribute `inputs` names the tensors of the batch it wants
-            beside them, `paired` says whether row i of both modalities must be one study.
+        loss: called as open_clip calls its losses. Its attribute `inputs` names the tensors it wants beside features,
+            scale and bias; `paired` says whether row i of both modalities must be one study.
         steps: length of the run, which the schedule needs.
+        gradient_cache: rows of a tower's forward; 0 takes the whole batch at once.
+        diagnose_every: steps between diagnostics of the batch; 0 never.
     """
 
-    def __init__(self, encoder: DualEncoder, loss: nn.Module, optim: OptimConfig, steps: int) -> None:
+    def __init__(
+        self,
+        encoder: DualEncoder,
+        loss: nn.Module,
+        optim: OptimConfig,
+        steps: int,
+        gradient_cache: int = 0,
+        diagnose_every: int = 0,
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.loss = loss
         self.optim = optim
         self.steps = steps
+        self.gradient_cache = gradient_cache
+        self.diagnose_every = diagnose_every
+        if gradient_cache:
+            refuse_batch_statistics(encoder.model, gradient_cache)
 
-    def terms(self, batch: Batch) -> dict[str, Tensor]:
+    def features(self, batch: Batch) -> Features:
+        """Features of every modality that the batch holds."""
+        if not self.gradient_cache:
+            features: Features = self.encoder(batch)
+            return features
+        towers = self.encoder.towers.items()
+        return {name: in_chunks(tower, batch[name], self.gradient_cache) for name, tower in towers if name in batch}
+
+    def terms(self, batch: Batch, diagnose_too: bool = False) -> dict[str, Tensor]:
         """The loss of a batch under "loss" and its parts by name.
 
         Raises:
             UserError: the batch lacks what the loss needs.
         """
-        features = self.encoder(batch)
-        missing = [name for name in ("image", "text", *getattr(self.loss, "inputs", ())) if name not in batch]
+        features = self.features(batch)
+        paired = bool(getattr(self.loss, "paired", True))
+        wanted = getattr(self.loss, "inputs", ())
+        given = {name: _input(name, features, batch) for name in (*wanted, *getattr(self.loss, "optional_inputs", ()))}
+        missing = [name for name in ("image", "text") if name not in batch]
+        missing += [name for name in wanted if given[name] is None]
         if missing:
             raise UserError(f"{type(self.loss).__name__} needs {', '.join(missing)}, and a batch has none: check data")
-        if getattr(self.loss, "paired", True) and batch["image_id"] != batch["text_id"]:
+        if paired and batch["image_id"] != batch["text_id"]:
             raise UserError(
                 f"{type(self.loss).__name__} needs an image and a text of every study; some have one only. "
                 "Train on paired sources, or with a loss on labels such as SoftTargetClipLoss"
             )
-        extra = {name: batch[name] for name in getattr(self.loss, "inputs", ())}
         terms: dict[str, Tensor] = self.loss(
             features["image"],
             features["text"],
             self.encoder.logit_scale,
             self.encoder.logit_bias,
-            **extra,
+            **{name: value for name, value in given.items() if value is not None},
             output_dict=True,
         )
-        return {"loss": terms.pop("contrastive_loss"), **terms}
+        terms = {"loss": terms.pop("contrastive_loss"), **terms}
+        if diagnose_too:
+            text_ids = row_ids(batch["text"])
+            scale, bias = self.encoder.logit_scale, self.encoder.logit_bias
+            terms |= diagnose(features["image"], features["text"], scale, bias, text_ids, paired)
+        return terms
 
     def training_step(self, batch: Batch, index: int) -> dict[str, Tensor]:
-        terms = self.terms(batch)
+        # The step that ends with this batch is the one the metrics file writes down.
+        terms = self.terms(batch, bool(self.diagnose_every) and (self.global_step + 1) % self.diagnose_every == 0)
         if not torch.isfinite(terms["loss"]):
             keys = ", ".join([*batch["image_id"], *batch["text_id"]][:8])
             raise UserError(f"the loss of step {self.global_step} is {terms['loss'].item()}; its studies: {keys} ...")
@@ -80,10 +115,28 @@ class ContrastiveModule(LightningModule):
             self.encoder.model.logit_scale.clamp_(0, MAX_LOG_SCALE)
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.encoder.model, self.optim)
+        optimizer = build_optimizer(self.encoder.model, self.optim, self.loss)
         factor = lr_factor(self.steps, self.optim.warmup, self.optim.final_lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _input(name: str, features: Features, batch: Batch) -> Tensor | None:
+    """What a loss calls `name`: features ("image_tokens", "second_image_features"), ids, or a tensor of the batch."""
+    for key in (name, name.removesuffix("_features")):
+        if key in features:
+            return features[key]
+    if name in batch:
+        value: Tensor = batch[name]
+        return value
+    if name == "text_ids" and "text" in batch:
+        return row_ids(batch["text"])
+    for kind, key in (("study_ids", "image_id"), ("patient_ids", "patient_id")):
+        if name == kind and key in batch:
+            # The same number on every rank, whatever studies it has met before.
+            marks = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1 for text in batch[key]]
+            return torch.tensor(marks, dtype=torch.int64, device=next(iter(features.values())).device)
+    return None
 
 
 class MetricsFile(Callback):

@@ -40,8 +40,11 @@ class OptimConfig:
             raise ValueError(f"optim.warmup is a share of the steps in [0, 1), got {self.warmup}")
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, config: OptimConfig, loss: nn.Module | None = None) -> list[dict[str, object]]:
     """Groups of the trainable parameters, by rate and by weight decay (none if one-dimensional, or declared so).
+
+    Args:
+        loss: its parameters train too; their names begin with "loss.".
 
     Raises:
         UserError: a pattern of `lr_factors` matches no parameter.
@@ -52,12 +55,15 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, ob
         if callable(getattr(module, "no_weight_decay", None))
         for name in module.no_weight_decay()
     }
-    names = [name for name, _ in model.named_parameters()]
+    parameters = list(model.named_parameters())
+    if loss is not None:
+        parameters += [(f"loss.{name}", parameter) for name, parameter in loss.named_parameters()]
+    names = [name for name, _ in parameters]
     for pattern in config.lr_factors:
         if not any(re.match(pattern, name) for name in names):
             raise UserError(f"optim.lr_factors: no parameter of the model matches {pattern!r}; one is {names[-1]!r}")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         factor = next((factor for pattern, factor in config.lr_factors.items() if re.match(pattern, name)), 1.0)
         if parameter.requires_grad:
             decay = 0.0 if parameter.ndim <= 1 or name in exempt else config.weight_decay
@@ -78,10 +84,10 @@ def lr_factor(steps: int, warmup: float, final_lr: float) -> Callable[[int], flo
     return factor
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `model`."""
+def build_optimizer(model: nn.Module, config: OptimConfig, loss: nn.Module | None = None) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters of `model` and of `loss`."""
     return torch.optim.AdamW(
-        parameter_groups(model, config),
+        parameter_groups(model, config, loss),
         lr=config.lr,
         betas=(config.betas[0], config.betas[1]),
         eps=config.eps,

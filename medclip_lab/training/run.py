@@ -54,6 +54,9 @@ class TrainerConfig:
     """Steps between checkpoints, from which an interrupted run goes on."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    gradient_cache: int = 0
+    """Rows a tower sees at a time; 0 takes the whole batch. The loss is that of the whole batch all the same, and so is
+    every gradient; memory is that of these rows, and each is run forward twice."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -65,10 +68,10 @@ class TrainerConfig:
                 f"trainer.devices: a process has one device, got {self.devices}; for more start "
                 f"`torchrun --nproc_per_node {self.devices} -m medclip_lab train ...`"
             )
-        if self.val_every < 0 or self.checkpoint_every < 1 or self.log_every < 1:
+        if self.val_every < 0 or self.checkpoint_every < 1 or self.log_every < 1 or self.gradient_cache < 0:
             raise ValueError(
-                "trainer: val_every cannot be negative, checkpoint_every and log_every must be at least 1, got "
-                f"{self.val_every}, {self.checkpoint_every} and {self.log_every}"
+                "trainer: val_every and gradient_cache cannot be negative, checkpoint_every and log_every must be at "
+                f"least 1, got {self.val_every}, {self.gradient_cache}, {self.checkpoint_every} and {self.log_every}"
             )
 
 
@@ -137,7 +140,9 @@ def train(config: RunConfig) -> Path:
         }
         if config.trainer.val_every:
             streams["val"] = _validation_stream(config, tokenizer, rank, world_size, quarantine_path)
-        module = ContrastiveModule(encoder, loss, config.optim, steps)
+        module = ContrastiveModule(
+            encoder, loss, config.optim, steps, config.trainer.gradient_cache, config.trainer.log_every
+        )
         trainer = _trainer(config, out, steps, val=streams.get("val"))
         begin = time.monotonic()
         try:

@@ -1,4 +1,6 @@
 import math
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -6,20 +8,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medclip_lab.losses import ClipLoss, LossConfig, SigLipLoss, SoftTargetClipLoss, build_loss, functional
+from medclip_lab.losses import (
+    ClipLoss,
+    LossConfig,
+    MultiPositiveClipLoss,
+    MultiViewClipLoss,
+    PrototypeLoss,
+    SigLipLoss,
+    SoftTargetClipLoss,
+    WeightedSum,
+    build_loss,
+    functional,
+)
+from medclip_lab.losses.base import PairLoss
 from medclip_lab.losses.registry import LOSSES
 
 from . import golden
 
+IMPLS: list[dict[str, Any]] = [
+    {"impl": "reference"},
+    {"impl": "chunked"},
+    {"impl": "chunked", "chunk_size": 1},
+    {"impl": "chunked", "chunk_size": 3},
+]
 TAU = torch.tensor(1 / 0.07, dtype=torch.float64)
 
 
-def test_clip_golden() -> None:
-    assert ClipLoss()(golden.IMAGES, golden.TEXTS, TAU).item() == pytest.approx(golden.CLIP_TAU_007, rel=1e-12)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_clip_golden(impl: dict[str, Any]) -> None:
+    assert ClipLoss(**impl)(golden.IMAGES, golden.TEXTS, TAU).item() == pytest.approx(golden.CLIP_TAU_007, rel=1e-12)
 
 
-def test_siglip_golden() -> None:
-    loss = SigLipLoss()(golden.IMAGES, golden.TEXTS, torch.tensor(10.0), torch.tensor(-10.0))
+@pytest.mark.parametrize("impl", IMPLS)
+def test_siglip_golden(impl: dict[str, Any]) -> None:
+    loss = SigLipLoss(**impl)(golden.IMAGES, golden.TEXTS, torch.tensor(10.0), torch.tensor(-10.0))
     assert loss.item() == pytest.approx(golden.SIGLIP_T10_B_MINUS_10, rel=1e-12)
 
 
@@ -32,10 +54,226 @@ def test_siglip_golden() -> None:
         ({"target_temperature": 0.1}, golden.MEDCLIP_COSINE_T01),
     ],
 )
-def test_soft_target_golden(settings: dict[str, Any], expected: float) -> None:
+@pytest.mark.parametrize("impl", IMPLS)
+def test_soft_target_golden(settings: dict[str, Any], expected: float, impl: dict[str, Any]) -> None:
     labels = {"image_labels": golden.IMAGE_LABELS, "text_labels": golden.TEXT_LABELS}
-    loss = SoftTargetClipLoss(**settings)(golden.IMAGES, golden.TEXTS, TAU, **labels)
+    loss = SoftTargetClipLoss(**settings, **impl)(golden.IMAGES, golden.TEXTS, TAU, **labels)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_golden_of_the_variants(impl: dict[str, Any]) -> None:
+    """ConVIRT's direction weight, MGCA's sum, UniCL's categories, CXR-CLIP's two views and texts."""
+    two = golden.IMAGES, golden.TEXTS
+    convirt = ClipLoss(temperature=0.1, image_to_text_weight=0.75, **impl)(*two, TAU)
+    assert convirt.item() == pytest.approx(golden.CONVIRT_TAU_01_LAMBDA_075, rel=1e-12)
+    mgca = ClipLoss(directions="sum", **impl)(*two, TAU)
+    assert mgca.item() == pytest.approx(golden.MGCA_TAU_007, rel=1e-12)
+    unicl = MultiPositiveClipLoss("category", **impl)(*two, TAU, category_ids=torch.tensor([0, 1, 0, 2]))
+    assert unicl.item() == pytest.approx(golden.UNICL_TAU_007, rel=1e-12)
+    second = {"second_image_features": golden.SECOND_IMAGES, "second_text_features": golden.SECOND_TEXTS}
+    views = MultiViewClipLoss(0.0, 0.0, **impl)(*two, TAU, **second)
+    assert views.item() == pytest.approx(golden.CXRCLIP_MVS_TAU_007, rel=1e-12)
+    full = MultiViewClipLoss(1.0, 0.5, **impl)(*two, TAU, **second, output_dict=True)
+    assert full["contrastive_loss"].item() == pytest.approx(golden.CXRCLIP_FULL_TAU_007, rel=1e-12)
+    parts = full["image_text_loss"] + full["image_image_loss"] + 0.5 * full["text_text_loss"]
+    assert parts.item() == pytest.approx(full["contrastive_loss"].item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_identities(impl: dict[str, Any]) -> None:
+    """Losses that should be each other where their targets are."""
+    images, texts = features(9, 0), features(9, 1)
+    clip = ClipLoss(**impl)(images, texts, TAU)
+    alone = torch.arange(9)
+    torch.testing.assert_close(MultiPositiveClipLoss("text", **impl)(images, texts, TAU, text_ids=alone), clip)
+    nobody = torch.full((9,), -1)
+    torch.testing.assert_close(MultiPositiveClipLoss("text", **impl)(images, texts, TAU, text_ids=nobody), clip)
+    eye = torch.eye(9, dtype=torch.float64)
+    hard = SoftTargetClipLoss(target_temperature=1e-3, **impl)(images, texts, TAU, image_labels=eye, text_labels=eye)
+    torch.testing.assert_close(hard, clip)
+    groups = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2])
+    by_id = MultiPositiveClipLoss("text", **impl)(images, texts, TAU, text_ids=groups)
+    labels = torch.nn.functional.one_hot(groups).double()
+    by_label = MultiPositiveClipLoss("labels", **impl)(images, texts, TAU, image_labels=labels, text_labels=labels)
+    by_softmax = SoftTargetClipLoss(target_temperature=1e-3, **impl)(
+        images, texts, TAU, image_labels=labels, text_labels=labels
+    )
+    torch.testing.assert_close(by_label, by_id)
+    torch.testing.assert_close(by_softmax, by_id)
+    torch.testing.assert_close(ClipLoss(label_smoothing=1e-12, **impl)(images, texts, TAU), clip)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_siglip_with_ids_pair_by_pair(impl: dict[str, Any]) -> None:
+    images, texts = features(6, 0), features(6, 1)
+    text_ids, patient_ids = torch.tensor([0, 1, 0, -1, -1, 1]), torch.tensor([5, 5, 6, 6, 7, -1])
+    expected = 0.0
+    for i in range(6):
+        for j in range(6):
+            same_text = text_ids[i] == text_ids[j] >= 0
+            same_patient = patient_ids[i] == patient_ids[j] >= 0
+            z = 10 * images[i] @ texts[j] - 2
+            if i == j or same_text:
+                expected -= F.logsigmoid(z).item()
+            elif not same_patient:
+                expected -= F.logsigmoid(-z).item()
+    found = SigLipLoss("text", "patient", **impl)(
+        images,
+        texts,
+        torch.tensor(10.0).double(),
+        torch.tensor(-2.0).double(),
+        text_ids=text_ids,
+        patient_ids=patient_ids,
+    )
+    assert found.item() == pytest.approx(expected / 6, rel=1e-12)
+
+
+def test_label_ids() -> None:
+    nan = math.nan
+    rows = torch.tensor([[1.0, 0.0], [1.0, nan], [1.0, 0.0], [nan, nan], [nan, nan], [-1.0, 0.0], [0.0, 0.0]])
+    ids = functional.label_ids(rows).tolist()
+    assert ids[0] == ids[2]
+    assert ids[3] == ids[4] == functional.NO_GROUP
+    assert len({ids[0], ids[1], ids[5], ids[6], ids[3]}) == 5
+    assert min(value for index, value in enumerate(ids) if index not in (3, 4)) >= 0
+
+
+def test_ignored_labels_leave_the_comparison() -> None:
+    """A label that one side does not know changes nothing, whatever the other says about it."""
+    known = torch.tensor([[1.0, 0.0, 1.0]])
+    for third in (1.0, 0.0):
+        text = torch.tensor([[1.0, 0.0, third]])
+        similar = functional.label_similarity(known, text, "cosine", torch.tensor([[1.0, 1.0, 0.0]]), torch.ones(1, 3))
+        assert similar.item() == pytest.approx(1.0)
+    loss = SoftTargetClipLoss(unmentioned="ignore")
+    labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
+    hidden = labels.clone()
+    hidden[:, 2] = math.nan
+    images, texts = features(2, 0), features(2, 1)
+    by_nan = loss(images, texts, TAU, image_labels=hidden, text_labels=labels)
+    mask = torch.tensor([[True, True, False]]).expand(2, 3)
+    by_mask = SoftTargetClipLoss()(images, texts, TAU, image_labels=labels, text_labels=labels, image_label_mask=mask)
+    torch.testing.assert_close(by_nan, by_mask)
+
+
+def test_prototypes_by_hand() -> None:
+    loss = PrototypeLoss(classes=2, dim=3, head=False).double()
+    images = features(2, 0, 3)
+    labels = torch.tensor([[1.0, math.nan], [-1.0, 0.0]]).double()
+    scores = 9 * images @ F.normalize(loss.prototypes, dim=1).T + loss.bias
+    expected = (-F.logsigmoid(scores[0, 0]) - F.logsigmoid(-scores[1, 1])) / 2
+    found = loss(images, images, torch.tensor(9.0).double(), image_labels=labels)
+    torch.testing.assert_close(found, expected)
+    nothing = loss(images, images, torch.tensor(9.0).double(), image_labels=torch.full((2, 2), math.nan))
+    assert nothing.item() == 0.0
+    with pytest.raises(ValueError, match=r"prototypes are \[classes, dim\] \(2, 3\); image_labels \(2, 5\)"):
+        loss(images, images, torch.tensor(9.0).double(), image_labels=torch.ones(2, 5))
+
+
+def test_weighted_sum() -> None:
+    config = LossConfig(
+        "WeightedSum",
+        {
+            "terms": {
+                "pairs": {"name": "SigLipLoss", "args": {"positives": "text"}},
+                "labels": {"name": "SoftTargetClipLoss", "weight": 0.5},
+            }
+        },
+    )
+    loss = build_loss(config)
+    assert isinstance(loss, WeightedSum)
+    assert set(loss.inputs) == {"text_ids", "image_labels", "text_labels"}
+    assert loss.paired
+    assert loss.uses_bias
+    assert loss.init_logit_bias == -10.0
+    labels = {"image_labels": golden.IMAGE_LABELS, "text_labels": golden.TEXT_LABELS}
+    ids = {"text_ids": torch.tensor([0, 1, 0, 2])}
+    told = loss(golden.IMAGES, golden.TEXTS, TAU, torch.tensor(-1.0), **labels, **ids, output_dict=True)
+    pairs = SigLipLoss("text")(golden.IMAGES, golden.TEXTS, TAU, torch.tensor(-1.0), **ids)
+    soft = SoftTargetClipLoss()(golden.IMAGES, golden.TEXTS, TAU, **labels)
+    torch.testing.assert_close(told["contrastive_loss"], pairs + 0.5 * soft)
+    torch.testing.assert_close(told["pairs"], pairs)
+    torch.testing.assert_close(told["labels"], soft)
+    assert "labels/excess_loss" in told
+    for args, said in (
+        ({}, "WeightedSum: {terms"),
+        (
+            {"terms": {"a": {"name": "ClipLos"}}},
+            "loss.args.terms.a.name: unknown loss 'ClipLos'; did you mean ClipLoss",
+        ),
+        ({"terms": {"a": {"name": "ClipLoss", "wieght": 1}}}, "loss.args.terms.a: {name"),
+        ({"terms": {"a": {"name": "ClipLoss", "args": {"impl": "fast"}}}}, "loss.args.terms.a.args.impl: one of"),
+    ):
+        with pytest.raises(ValueError, match="(?s)" + re.escape(said)):
+            build_loss(LossConfig("WeightedSum", args))
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "said"),
+    [
+        (ClipLoss, {"impl": "fast"}, "impl: one of 'auto', 'reference', 'chunked' expected, got 'fast'"),
+        (ClipLoss, {"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        (ClipLoss, {"grad_reduction": "max"}, "grad_reduction: one of"),
+        (ClipLoss, {"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        (ClipLoss, {"logit_scale_range": [100, 1]}, "logit_scale_range: two positive numbers"),
+        (ClipLoss, {"logit_scale_range": [1, 100], "temperature": 0.1}, "nothing to clamp"),
+        (ClipLoss, {"image_to_text_weight": 2}, "image_to_text_weight is a share between 0 and 1, got 2"),
+        (ClipLoss, {"directions": "both"}, "directions: one of"),
+        (ClipLoss, {"label_smoothing": -1}, "label_smoothing is a share"),
+        (MultiPositiveClipLoss, {"positives": []}, "positives: name at least one"),
+        (SoftTargetClipLoss, {"uncertain": "skip"}, "uncertain: a number or 'ignore' expected, got 'skip'"),
+        (MultiViewClipLoss, {"image_image_weight": -1}, "image_image_weight must not be negative, got -1"),
+        (PrototypeLoss, {"classes": 0, "dim": 8}, "at least 1, got 0 and 8"),
+        (WeightedSum, {"terms": {}}, "at least one loss"),
+        (WeightedSum, {"terms": {"a": ClipLoss()}, "weights": {"b": 1}}, "no loss is named b; the terms are a"),
+    ],
+)
+def test_bad_settings(kind: Callable[..., nn.Module], args: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        kind(**args)
+
+
+def test_bad_inputs() -> None:
+    images, texts = features(4, 0), features(4, 1)
+    ids = torch.zeros(4, dtype=torch.int64)
+    for call, said in (
+        (lambda: SigLipLoss("text")(images, texts, TAU), "SigLipLoss needs text_ids"),
+        (lambda: SigLipLoss()(images, texts, TAU, text_ids=ids), "SigLipLoss takes no text_ids"),
+        (lambda: SigLipLoss("text")(images, texts, TAU, text_ids=ids[:3]), "text_ids must be [rows] with 4 rows"),
+        (lambda: SigLipLoss("text")(images, texts, TAU, text_ids=ids.float()), "text_ids must be int64, got"),
+        (lambda: ClipLoss()(images.long(), texts.long(), TAU), "features must be floating point"),
+        (lambda: ClipLoss()(images, texts, torch.ones(2)), "logit_scale must be a floating point tensor of one"),
+        (lambda: ClipLoss()(images, texts, 14.0), "logit_scale must be a floating point tensor of one number, got 14"),
+        (lambda: ClipLoss()(images, texts.to("meta"), TAU), "features on different devices"),
+        (
+            lambda: SoftTargetClipLoss()(
+                images, texts, TAU, image_labels=ids[:, None], text_labels=ids[:, None], image_label_mask=ids[:, None]
+            ),
+            "image_label_mask must be bool (4, 1)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            call()
+
+
+@pytest.mark.parametrize("loss", [ClipLoss(), SigLipLoss(impl="chunked")])
+def test_features_that_are_not_normalised_are_warned_about_once(loss: nn.Module) -> None:
+    with pytest.warns(UserWarning, match=r"image_features should have unit norm; theirs are 3 to 3"):
+        loss(3 * features(4, 0), features(4, 1), TAU)
+    loss(3 * features(4, 0), features(4, 1), TAU)  # a second warning would be an error
+
+
+def test_temperature_and_range() -> None:
+    images, texts = features(4, 0), features(4, 1)
+    fixed, scale = ClipLoss(temperature=0.1), torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    value = fixed(images, texts, scale)
+    torch.testing.assert_close(value, ClipLoss()(images, texts, torch.tensor(10.0).double()))
+    value.backward()
+    assert scale.grad is not None
+    assert scale.grad.item() == 0
+    clamped = ClipLoss(logit_scale_range=[1, 50])(images, texts, torch.tensor(80.0).double())
+    torch.testing.assert_close(clamped, ClipLoss()(images, texts, torch.tensor(50.0).double()))
 
 
 @pytest.mark.parametrize(
@@ -71,9 +309,13 @@ def manual_clip(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> T
     return total / (2 * len(images))
 
 
-@pytest.mark.parametrize(("loss", "manual"), [(SigLipLoss(), manual_siglip), (ClipLoss(), manual_clip)])
+@pytest.mark.parametrize(("kind", "manual"), [(SigLipLoss, manual_siglip), (ClipLoss, manual_clip)])
 @pytest.mark.parametrize("rows", [1, 2, 7])
-def test_value_and_gradients_against_the_formula(loss: nn.Module, manual: Any, rows: int) -> None:
+@pytest.mark.parametrize("impl", IMPLS)
+def test_value_and_gradients_against_the_formula(
+    kind: type[PairLoss], manual: Any, rows: int, impl: dict[str, Any]
+) -> None:
+    loss = kind(**impl)
     leaves = [features(rows, 0), features(rows, 1), torch.tensor(9.0).double(), torch.tensor(-3.0).double()]
     ours = [leaf.clone().requires_grad_() for leaf in leaves]
     theirs = [leaf.clone().requires_grad_() for leaf in leaves]
@@ -150,11 +392,11 @@ def test_bad_shapes(loss: nn.Module, images: tuple[int, ...], texts: tuple[int, 
 
 
 def test_bad_labels() -> None:
-    with pytest.raises(ValueError, match=r"image_labels \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"image_labels must be .* with 4 rows, .* got \(3, 2\)"):
         SoftTargetClipLoss()(
             features(4, 0), features(4, 1), TAU, image_labels=torch.ones(3, 2), text_labels=torch.ones(4, 2)
         )
-    with pytest.raises(ValueError, match="2 of images, 3 of texts"):
+    with pytest.raises(ValueError, match="2 of image_labels, 3 of text_labels"):
         SoftTargetClipLoss()(
             features(4, 0), features(4, 1), TAU, image_labels=torch.ones(4, 2), text_labels=torch.ones(4, 3)
         )
@@ -171,7 +413,11 @@ class OwnLoss(nn.Module):
 
 
 def test_registry() -> None:
-    assert {type(build_loss(LossConfig(name))).__name__ for name in LOSSES} == set(LOSSES)
+    needed: dict[str, dict[str, Any]] = {
+        "PrototypeLoss": {"classes": 14, "dim": 8},
+        "WeightedSum": {"terms": {"pairs": {"name": "ClipLoss"}}},
+    }
+    assert {type(build_loss(LossConfig(name, needed.get(name, {})))).__name__ for name in LOSSES} == set(LOSSES)
     own = build_loss(LossConfig(f"{__name__}.OwnLoss", {"weight": 2.0}))
     assert isinstance(own, OwnLoss)
     assert own.weight == 2.0
@@ -180,7 +426,7 @@ def test_registry() -> None:
     with pytest.raises(ValueError, match="cannot import"):
         build_loss(LossConfig("nowhere.Loss"))
     with pytest.raises(ValueError, match=r"loss\.args"):
-        build_loss(LossConfig("ClipLoss", {"temperature": 1}))
+        build_loss(LossConfig("ClipLoss", {"tau": 1}))
 
 
 def test_only_one_copy_can_be_imported() -> None:

@@ -1,67 +1,77 @@
-"""Two ranks together give the loss and the gradients of one process with the whole batch."""
-
-from collections.abc import Callable
-from typing import Any
+"""What ranks say to each other besides features."""
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from medclip_lab.losses import ClipLoss, SigLipLoss, SoftTargetClipLoss
-
-ROWS, DIM, LABELS = 7, 8, 3
-
-
-def inputs() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    return {
-        "image_features": F.normalize(normal(ROWS, DIM), dim=1),
-        "text_features": F.normalize(normal(ROWS, DIM), dim=1),
-        "logit_scale": torch.tensor(8.0, dtype=torch.float64),
-        "logit_bias": torch.tensor(-4.0, dtype=torch.float64),
-        "image_labels": (normal(ROWS, LABELS) > 0).double(),
-        "text_labels": (normal(ROWS, LABELS) > 0).double(),
-    }
+from medclip_lab import distributed
+from medclip_lab.losses import ClipLoss, SigLipLoss
+from medclip_lab.losses.base import PairLoss
+from medclip_lab.losses.testing import Inputs, Runner, draw, outcome
 
 
-def value_and_gradients(loss: nn.Module, values: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    names = ["image_features", "text_features", "logit_scale", "logit_bias"]
-    leaves = {name: values[name].clone().requires_grad_() for name in names}
-    extra = {name: values[name] for name in getattr(loss, "inputs", ())}
-    value = loss(**leaves, **extra)
-    value.backward()
-    return value.detach(), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-
-
-def on_rank(loss: nn.Module, shares: list[int]) -> tuple[int, Any]:
+def try_loss(losses: list[PairLoss], inputs: list[Inputs]) -> str:
     rank = dist.get_rank()
-    start = sum(shares[:rank])
-    values = {
-        name: value if value.ndim == 0 else value[start : start + shares[rank]] for name, value in inputs().items()
-    }
-    return rank, value_and_gradients(loss, values)
+    try:
+        outcome(losses[rank], inputs[rank])
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
-@pytest.mark.parametrize("loss", [ClipLoss(), SigLipLoss(), SoftTargetClipLoss(target_temperature=0.2)])
-@pytest.mark.parametrize("shares", [[4, 3], [6, 1]])
-def test_ranks_equal_one_process(
-    ranks: Callable[[Callable[..., Any], tuple[Any, ...]], list[Any]], loss: nn.Module, shares: list[int]
-) -> None:
-    expected, gradients = value_and_gradients(loss, inputs())
-    answers = ranks(on_rank, (loss, shares))
-    for value, _ in answers:
-        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
-    world = len(answers)
-    for name in gradients:
-        if gradients[name].ndim:
-            # DDP averages over ranks: the rows of a rank carry W times their gradient, and nobody else carries it.
-            found = torch.cat([answer[1][name] for answer in answers]) / world
-        else:
-            found = torch.stack([answer[1][name] for answer in answers]).mean()
-        torch.testing.assert_close(found, gradients[name], rtol=1e-10, atol=1e-12)
+def test_ranks_that_disagree_are_told(ranks: Runner) -> None:
+    """Before the first step, on every rank, and not by hanging."""
+    inputs = draw(ClipLoss(), 4, 8)
+    for other, said in (
+        (SigLipLoss(), "rank 0 has ClipLoss"),
+        (ClipLoss(label_smoothing=0.1), "'label_smoothing': 0.1"),
+        (ClipLoss(impl="chunked"), "'impl': 'chunked'"),
+    ):
+        messages = ranks(try_loss, ([ClipLoss(), other], [inputs, inputs]))
+        assert all("ranks disagree" in message and said in message for message in messages)
+    for changed, said in ((inputs.to(torch.float32), "torch.float32"), (draw(ClipLoss(), 4, 6), "((6,),")):
+        messages = ranks(try_loss, ([ClipLoss(), ClipLoss()], [inputs, changed]))
+        assert all("ranks disagree" in message and said in message for message in messages)
+    assert ranks(try_loss, ([ClipLoss(), ClipLoss()], [inputs, inputs])) == ["", ""]
+
+
+def test_an_empty_global_batch_is_refused(ranks: Runner) -> None:
+    empty = draw(ClipLoss(), 3, 8).share([0], 0)
+    for loss in (ClipLoss(impl="reference"), SigLipLoss(impl="chunked")):
+        assert all("empty batch" in message for message in ranks(try_loss, ([loss, loss], [empty, empty])))
+
+
+def frozen_on_one_rank(inputs: Inputs) -> str:
+    frozen = ["text_features"] if dist.get_rank() else []
+    try:
+        outcome(ClipLoss(), inputs, frozen=frozen)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_tower_frozen_on_one_rank_only_is_told(ranks: Runner) -> None:
+    """Its gradient would never be sent, and the other ranks would wait for it."""
+    assert all("ranks disagree" in message for message in ranks(frozen_on_one_rank, (draw(ClipLoss(), 4, 8),)))
+
+
+def sums() -> tuple[Tensor, Tensor, Tensor]:
+    rank = dist.get_rank()
+    value = torch.tensor([float(rank), float("-inf"), -1e5 * (rank + 1)], dtype=torch.float64)
+    rows = torch.full((rank + 1, 2), float(rank))
+    return distributed.all_logsumexp(value), distributed.all_sum(value.clone()), distributed.gather(rows)
+
+
+def test_collectives(ranks: Runner) -> None:
+    for exponents, total, rows in ranks(sums, ()):
+        expected = torch.logsumexp(torch.tensor([[0, -torch.inf, -1e5], [1, -torch.inf, -2e5]]).double(), 0)
+        torch.testing.assert_close(exponents, expected)
+        assert total.tolist() == [1.0, float("-inf"), -3e5]
+        assert rows.tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_one_process_needs_no_group(impl: str) -> None:
+    assert not dist.is_initialized()
+    assert outcome(ClipLoss(impl=impl), draw(ClipLoss(), 3, 4)).value.isfinite()  # type: ignore[arg-type]

@@ -1,0 +1,321 @@
+"""What the losses over image-text pairs share: how they are called, checked, implemented and reduced."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from medclip_lab import distributed
+from medclip_lab.losses import functional
+
+Impl = Literal["auto", "reference", "chunked"]
+DENSE_PAIRS = 2**20
+"""Up to so many pairs of the global batch (4 MiB of logits) "auto" takes the reference."""
+NORM_TOLERANCE = 0.01
+"""Features whose norms are farther from 1 are warned about; bfloat16 rounds a norm by 0.004."""
+
+
+class Batch(NamedTuple):
+    """Own features, and how many rows there are elsewhere."""
+
+    image_features: Tensor
+    """[N, D]"""
+    text_features: Tensor
+    """[M, D]"""
+    logit_scale: Tensor
+    logit_bias: Tensor | None
+    inputs: dict[str, Tensor]
+    image_sizes: list[int]
+    """Images of every rank."""
+    text_sizes: list[int]
+
+
+class PairLoss(nn.Module):
+    """A loss over all pairs of images and texts of the global batch.
+
+    The value is the loss of the global batch on every rank, and every gradient is the gradient of that value, for any
+    number of ranks, also with shares of different sizes, and any `impl`.
+
+    Args:
+        impl: "reference" holds the matrix of all pairs; "chunked" forms value and gradients a block of pairs at a time,
+            keeps O(batch x dim) for the backward, and has no second derivative; "auto" takes the reference for small
+            batches.
+        chunk_size: images of a block; None fits the cache.
+        grad_reduction: what happens to gradients between ranks afterwards: "mean", as DDP and FSDP do, or "sum".
+        temperature: a fixed one, in place of the `logit_scale` the loss is called with, whose gradient is then 0.
+        logit_scale_range: the scale is clamped to it. Outside, its gradient is 0: clamp the parameter after each step
+            too, as the trainer does, or it stays outside.
+    """
+
+    paired: ClassVar[bool] = True
+    """Row i of image_features and row i of text_features belong together; else they need not be as many."""
+    uses_bias: ClassVar[bool] = False
+    init_logit_scale: ClassVar[float] = 1 / 0.07
+    init_logit_bias: ClassVar[float | None] = None
+    inputs: tuple[str, ...] = ()
+    """Names of the tensors a trainer passes beside features, scale and bias."""
+    optional_inputs: tuple[str, ...] = ()
+    """Names of further tensors the loss takes and can do without."""
+
+    def __init__(
+        self,
+        impl: Impl = "auto",
+        chunk_size: int | None = None,
+        grad_reduction: Literal["mean", "sum"] = "mean",
+        temperature: float | None = None,
+        logit_scale_range: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        choose("impl", impl, ("auto", "reference", "chunked"))
+        choose("grad_reduction", grad_reduction, ("mean", "sum"))
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        if temperature is not None and not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        if logit_scale_range is not None:
+            if len(logit_scale_range) != 2 or not 0 < logit_scale_range[0] <= logit_scale_range[1]:
+                raise ValueError(f"logit_scale_range: two positive numbers, least first, got {logit_scale_range}")
+            if temperature is not None:
+                raise ValueError("logit_scale_range: a fixed temperature leaves nothing to clamp")
+        self.impl = impl
+        self.chunk_size = chunk_size
+        self.grad_reduction = grad_reduction
+        self.temperature = temperature
+        self.logit_scale_range = None if logit_scale_range is None else tuple(logit_scale_range)
+        self._norms_seen = False
+
+    @overload
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        output_dict: Literal[False] = False,
+        **inputs: Tensor,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        *,
+        output_dict: Literal[True],
+        **inputs: Tensor,
+    ) -> dict[str, Tensor]: ...
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+        **inputs: Tensor,
+    ) -> Tensor | dict[str, Tensor]:
+        """Loss of the global batch.
+
+        Args:
+            image_features: [N, D], unit norm, any floating dtype.
+            text_features: [M, D], unit norm; M is N for a paired loss. A rank may have none, not all of them.
+            logit_scale: scalar, already exponentiated.
+            logit_bias: scalar; a loss of softmaxes does not change with it.
+            output_dict: return {"contrastive_loss": loss, ...} as open_clip does, in place of the loss.
+            inputs: the tensors named in the attributes `inputs` and `optional_inputs`.
+
+        Raises:
+            ValueError: tensors that do not fit each other; an empty global batch; ranks that disagree on the loss, the
+                embed dim, the inputs or on which tower is frozen.
+        """
+        check_features(image_features, text_features, logit_scale, logit_bias, self.paired)
+        if missing := [name for name in self.inputs if name not in inputs]:
+            raise ValueError(f"{type(self).__name__} needs {', '.join(missing)}")
+        if unknown := [name for name in inputs if name not in (*self.inputs, *self.optional_inputs)]:
+            raise ValueError(f"{type(self).__name__} takes no {', '.join(unknown)}")
+        self.check_inputs(image_features, text_features, **inputs)
+        self._warn_of_norms(image_features, text_features)
+        counts = distributed.agree(
+            [len(image_features), len(text_features)],
+            "" if distributed.world_size() == 1 else self._description(image_features, text_features, inputs),
+            image_features.device,
+        )
+        image_sizes, text_sizes = [row[0] for row in counts], [row[1] for row in counts]
+        if sum(image_sizes) == 0 or sum(text_sizes) == 0:
+            raise ValueError(f"empty batch: {sum(image_sizes)} image_features, {sum(text_sizes)} text_features")
+        # What a loss does not depend on gets a gradient of 0: a parameter without any would trouble DDP.
+        unused = [] if logit_bias is None or self.uses_bias else [logit_bias]
+        if self.temperature is not None:
+            unused.append(logit_scale)
+            logit_scale = torch.full_like(logit_scale, 1 / self.temperature, requires_grad=False)
+        elif self.logit_scale_range is not None:
+            logit_scale = logit_scale.clamp(*self.logit_scale_range)
+        batch = Batch(image_features, text_features, logit_scale, logit_bias, inputs, image_sizes, text_sizes)
+        dense = sum(image_sizes) * sum(text_sizes) <= DENSE_PAIRS if self.impl == "auto" else self.impl == "reference"
+        terms = self._dense(batch) if dense else self.chunked(batch)
+        for scalar in unused:
+            terms["contrastive_loss"] = terms["contrastive_loss"] + 0 * scalar.reshape(())
+        return terms if output_dict else terms["contrastive_loss"]
+
+    def check_inputs(self, image_features: Tensor, text_features: Tensor, **inputs: Tensor) -> None:
+        """Refuse further inputs that do not fit.
+
+        Raises:
+            ValueError: which, and what would fit.
+        """
+
+    def reference(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """From the logits [N, M] of all ranks' images and texts: "contrastive_loss" and what else is worth logging."""
+        raise NotImplementedError
+
+    def chunked(self, batch: Batch) -> dict[str, Tensor]:
+        """The same without that matrix."""
+        raise NotImplementedError
+
+    def _dense(self, batch: Batch) -> dict[str, Tensor]:
+        images = distributed.gather(batch.image_features, batch.image_sizes)
+        texts = distributed.gather(batch.text_features, batch.text_sizes)
+        bias = batch.logit_bias if self.uses_bias else None
+        terms = self.reference(functional.logits(images, texts, batch.logit_scale, bias), batch)
+        if self.grad_reduction == "sum" and (world := distributed.world_size()) > 1:
+            loss = terms["contrastive_loss"]
+            terms["contrastive_loss"] = loss / world + (loss - loss / world).detach()
+        return terms
+
+    def needs(self, batch: Batch) -> list[bool]:
+        """Which gradients are wanted: of images, of texts, of scale and bias."""
+        if not torch.is_grad_enabled():
+            return [False, False, False]
+        scalars = batch.logit_scale.requires_grad or (batch.logit_bias is not None and batch.logit_bias.requires_grad)
+        return [batch.image_features.requires_grad, batch.text_features.requires_grad, scalars]
+
+    def _description(self, image_features: Tensor, text_features: Tensor, inputs: dict[str, Tensor]) -> str:
+        settings = {
+            name: value
+            for name, value in vars(self).items()
+            if not name.startswith("_") and name not in ("training", "chunk_size")
+        }
+        tensors = {"image_features": image_features, "text_features": text_features, **inputs}
+        shapes = {
+            name: (tuple(value.shape[1:]), str(value.dtype), value.requires_grad and torch.is_grad_enabled())
+            for name, value in tensors.items()
+        }
+        return f"{type(self).__name__} {settings} on {shapes}"
+
+    def _warn_of_norms(self, *features: Tensor) -> None:
+        if self._norms_seen or torch.compiler.is_compiling():
+            return
+        self._norms_seen = True
+        for modality, values in zip(("image", "text"), features, strict=True):
+            norms = values.detach().float().norm(dim=1)
+            if len(norms) and not bool((norms - 1).abs().max() < NORM_TOLERANCE) and bool(norms.isfinite().all()):
+                warnings.warn(
+                    f"{modality}_features should have unit norm; theirs are {norms.min():.3g} to {norms.max():.3g}. "
+                    "The loss is defined, but its logits are no cosines: normalise the features",
+                    stacklevel=4,
+                )
+
+
+def choose(name: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse a value that is not one of a few words.
+
+    Raises:
+        ValueError: names the argument, the choices and the value.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}: one of {', '.join(map(repr, choices))} expected, got {value!r}")
+
+
+def check_features(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None, paired: bool
+) -> None:
+    """Refuse features no loss can use.
+
+    Raises:
+        ValueError: not two-dimensional, different embed dims, different numbers of rows where rows are pairs, integers,
+            different devices; a scale or bias that is no scalar tensor.
+    """
+    both = f"image_features {tuple(image_features.shape)}, text_features {tuple(text_features.shape)}"
+    if image_features.ndim != 2 or text_features.ndim != 2:
+        raise ValueError(f"features must be [batch, dim]: {both}")
+    if image_features.shape[1] != text_features.shape[1]:
+        raise ValueError(f"embed dims differ: {both}")
+    if paired and len(image_features) != len(text_features):
+        raise ValueError(
+            f"row i of both must be a pair: {len(image_features)} image_features, {len(text_features)} text_features"
+        )
+    if not (image_features.is_floating_point() and text_features.is_floating_point()):
+        raise ValueError(
+            f"features must be floating point: image_features {image_features.dtype}, "
+            f"text_features {text_features.dtype}"
+        )
+    if image_features.device != text_features.device:
+        raise ValueError(
+            f"features on different devices: image_features {image_features.device}, "
+            f"text_features {text_features.device}"
+        )
+    for name, value in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
+        if value is None and name == "logit_bias":
+            continue
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+            shape = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"{name} must be a floating point tensor of one number, got {shape}")
+        if value.device != image_features.device:
+            raise ValueError(f"{name} is on {value.device}, image_features on {image_features.device}")
+
+
+def check_rows(name: str, value: Tensor, rows: int, ndim: int, device: torch.device) -> None:
+    """Refuse labels or ids that do not go with the features.
+
+    Raises:
+        ValueError: wrong number of dimensions or rows, another device.
+    """
+    shape = "[rows]" if ndim == 1 else "[rows, labels]"
+    if value.ndim != ndim or len(value) != rows:
+        raise ValueError(f"{name} must be {shape} with {rows} rows, as many as features; got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, the features on {device}")
+
+
+def ids_of(names: Sequence[str], batch: Batch, side: Literal["image", "text"]) -> Tensor:
+    """[N or M, n] int64: the own rows' ids of these kinds, side by side; "labels" stands for equal label vectors."""
+    columns = [
+        functional.label_ids(batch.inputs[f"{side}_labels"]) if name == "labels" else batch.inputs[f"{name}_ids"]
+        for name in names
+    ]
+    return torch.stack(columns, dim=1)
+
+
+def ids_of_all(names: Sequence[str], batch: Batch) -> list[Tensor]:
+    """Ids of the own images [N, n] and of all texts [M, n]; nothing for no names."""
+    if not names:
+        return []
+    return [ids_of(names, batch, "image"), distributed.gather(ids_of(names, batch, "text"), batch.text_sizes)]
+
+
+def id_inputs(*kinds: str) -> tuple[str, ...]:
+    """Names of the inputs that hold ids of these kinds."""
+    names = [("image_labels", "text_labels") if kind == "labels" else (f"{kind}_ids",) for kind in kinds]
+    return tuple(dict.fromkeys(name for pair in names for name in pair))
+
+
+def check_ids(image_features: Tensor, text_features: Tensor, inputs: dict[str, Any]) -> None:
+    """Refuse ids and labels that do not fit the features.
+
+    Raises:
+        ValueError: names the input and both values.
+    """
+    for name, value in inputs.items():
+        if name.endswith("_ids"):
+            check_rows(name, value, len(image_features), 1, image_features.device)
+            if value.dtype != torch.int64:
+                raise ValueError(f"{name} must be int64, got {value.dtype}")
+        elif name.endswith("_labels"):
+            rows = len(image_features) if name.startswith("image") else len(text_features)
+            check_rows(name, value, rows, 2, image_features.device)
+    if "image_labels" in inputs and "text_labels" in inputs:
+        images, texts = inputs["image_labels"].shape[1], inputs["text_labels"].shape[1]
+        if images != texts:
+            raise ValueError(f"labels differ: {images} of image_labels, {texts} of text_labels")

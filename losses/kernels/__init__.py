@@ -1,0 +1,1 @@
+"""The maths of `functional`, formed without the matrix of all pairs."""
