@@ -29,8 +29,8 @@ class MultiPositiveClipLoss(SoftmaxLoss):
         image_to_text_weight, directions, options: as for `ClipLoss`.
 
     Called with an int64 [N] for every kind of ids, such as `text_ids`; rows share a group if their ids are equal and
-    not negative. The kind "labels" wants `image_labels` and `text_labels` [N, K] instead. With `output_dict` it also tells
-    "excess_loss", how far the loss is above its floor, the entropy of the targets.
+    not negative. The kind "labels" wants `image_labels` and `text_labels` [N, K] instead. With `output_dict` it also
+    tells "excess_loss", how far the loss is above its floor, the entropy of the targets.
     """
 
     def __init__(

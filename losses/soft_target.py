@@ -20,9 +20,9 @@ class SoftTargetClipLoss(SoftmaxLoss):
         loss = -w / N sum_ij softmax_j(a_ij / T) log softmax_j(s x_i . t_j) - (1 - w) / M (the same over i)
 
     An image and a text are as positive as their label vectors agree, a_ij, so images without reports and reports
-    without images train together. The defaults are the paper's equation with a cosine; `similarity="dot"` is what its code
-    does. Two things the code lacks are settings here: with the softmax at temperature 1 the target of a matching pair
-    in a batch of 1,024 is 0.27 % and the loss can hardly move, so `target_temperature` sharpens it; and a negated
+    without images train together. The defaults are the paper's equation with a cosine; `similarity="dot"` is what its
+    code does. Two things the code lacks are settings here: with the softmax at temperature 1 the target of a matching
+    pair in a batch of 1,024 is 0.27 % and the loss can hardly move, so `target_temperature` sharpens it; and a negated
     sentence ("no effusion") has the vector zero, so `absent` may give absence a value of its own.
 
     Args:

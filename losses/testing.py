@@ -146,8 +146,8 @@ def check_loss(
     the inputs frozen, for transposed, strided and expanded features, after a second backward, for all texts identical,
     under autocast and `torch.compile`, and bitwise the same in 20 runs; float32 within 1e-5, bfloat16 within its own
     rounding; NaN and infinity come out; W ranks, with even and uneven shares and with an empty one, give what one
-    process gives: the value on every rank, and gradients whose average (or sum, if the loss has `grad_reduction="sum"`) over
-    ranks is the gradient.
+    process gives: the value on every rank, and gradients whose average (or sum, if the loss has
+    `grad_reduction="sum"`) over ranks is the gradient.
 
     Args:
         loss: called as open_clip calls its losses; it must be picklable, as other processes run it too.

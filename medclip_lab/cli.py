@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     _index(verbs)
     _search(verbs)
     _classify(verbs)
+    _bench(verbs)
     _doctor(verbs)
     return parser
 
@@ -361,6 +362,39 @@ def _run_classify(args: argparse.Namespace) -> None:
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def _bench(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs,
+        "bench",
+        "speed and memory beside named peers, on this machine",
+        "bench losses --batch 8192 --dim 768 --out benchmarks/losses.json",
+        _run_bench,
+    )
+    parser.add_argument("what", choices=["losses"], help="losses: forward and backward beside open_clip's")
+    parser.add_argument("--batch", type=int, default=8192, help="rows of features (default: 8192)")
+    parser.add_argument("--dim", type=int, default=768, help="embed dim (default: 768)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed repetitions of each (default: 5)")
+    parser.add_argument("--only", nargs="+", default=None, help="names of losses (default: all)")
+    parser.add_argument("--out", type=Path, default=None, help="file for the JSON; a drawing goes beside it")
+
+
+def _run_bench(args: argparse.Namespace) -> None:
+    from medclip_lab import bench
+    from medclip_lab.files import write_json
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    result = bench.bench_losses(args.batch, args.dim, args.device, args.repeats, args.only, say)
+    result = {"command": args.command, **result}
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, result)
+        bench.draw_losses(result, args.out.with_suffix(".svg"))
+    _say(args, result, "" if args.out is None else f"{args.out}\n{args.out.with_suffix('.svg')}")
 
 
 def _doctor(verbs: Verbs) -> None:

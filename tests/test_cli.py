@@ -41,6 +41,7 @@ FLAGS = {
     "index": COMMON | {"embeddings", "--out", "--modality", "--include-text"},
     "search": COMMON | {"bundle", "index", "--text", "--image", "-k"},
     "classify": COMMON | {"bundle", "images", "--labelset"},
+    "bench": COMMON | {"what", "--batch", "--dim", "--device", "--repeats", "--only", "--out"},
     "doctor": COMMON,
 }
 
