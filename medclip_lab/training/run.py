@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from safetensors.torch import save_file
 
 from medclip_lab import distributed
@@ -54,6 +54,9 @@ class TrainerConfig:
     """Steps between checkpoints, from which an interrupted run goes on."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    ema: float = 0.0
+    """Decay a step of the moving average of the weights, which is what is validated and exported; 0 takes the weights
+    themselves. 0.99 averages over about the last 100 steps."""
     gradient_cache: int = 0
     """Rows a tower sees at a time; 0 takes the whole batch. The loss is that of the whole batch all the same, and so is
     every gradient; memory is that of these rows, and each is run forward twice."""
@@ -68,6 +71,8 @@ class TrainerConfig:
                 f"trainer.devices: a process has one device, got {self.devices}; for more start "
                 f"`torchrun --nproc_per_node {self.devices} -m medclip_lab train ...`"
             )
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"trainer.ema is a decay in [0, 1), got {self.ema}")
         if self.val_every < 0 or self.checkpoint_every < 1 or self.log_every < 1 or self.gradient_cache < 0:
             raise ValueError(
                 "trainer: val_every and gradient_cache cannot be negative, checkpoint_every and log_every must be at "
@@ -284,6 +289,8 @@ def _trainer(config: RunConfig, out: Path, steps: int, val: BatchStream | None) 
         save_on_train_epoch_end=False,
     )
     callbacks: list[Callback] = [Console(), MetricsFile(out / METRICS, config.trainer.log_every), checkpoint]
+    if config.trainer.ema:
+        callbacks.append(EMAWeightAveraging(decay=config.trainer.ema))
     launched = distributed.launched_world()[1] > 1
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched else 1
     return Trainer(

@@ -79,6 +79,66 @@ def test_an_interrupted_run_goes_on_where_it_was(
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
 
+def test_averaged_weights_are_exported_and_survive_an_interruption(
+    toy_run: Path, toy_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(toy_config(tmp_path / "whole", "--trainer.ema=0.9"))
+    averaged, last = load_file(whole / runs.WEIGHTS), load_file(toy_run / runs.WEIGHTS)
+    name = "visual.head.proj.weight" if "visual.head.proj.weight" in last else next(iter(last))
+    assert not torch.equal(averaged[name], last[name])
+    original = BatchStream.batch
+
+    def stopping(self: BatchStream, studies: list[dict[str, object]], step: int) -> object:
+        if step == 17:
+            raise KeyboardInterrupt
+        return original(self, studies, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchStream, "batch", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(toy_config(tmp_path / "cut", "--trainer.ema=0.9"))
+    cut = train(toy_config(tmp_path / "cut", "--trainer.ema=0.9"))
+    for key, value in load_file(cut / runs.WEIGHTS).items():
+        torch.testing.assert_close(value, averaged[key], rtol=1e-4, atol=1e-5)
+
+
+def test_diary_tells_the_health_of_a_batch(toy_run: Path) -> None:
+    line = next(line for line in diary(toy_run) if "loss" in line)
+    assert {"positive_logit", "negative_logit", "image_to_text_top1", "text_to_image_top1"} <= set(line)
+    assert 1 <= line["image_rank"] <= 16
+    assert 0 <= line["repeated_texts"] <= 1
+
+
+def test_losses_that_want_ids_labels_and_parameters_of_their_own(toy_config: Config, tmp_path: Path) -> None:
+    terms = (
+        "{pairs: {name: SigLipLoss, args: {positives: text, ignored: [patient, study]}}, "
+        "classes: {name: PrototypeLoss, args: {classes: 14, dim: 16}, weight: 0.5}}"
+    )
+    settings = ["--loss.name=WeightedSum", "--loss.args={terms: " + terms + "}", "--trainer.steps=10"]
+    out = train(toy_config(tmp_path / "run", *settings))
+    lines = [line for line in diary(out) if "loss" in line]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["pairs"] + 0.5 * line["classes"], rel=1e-5)
+    state = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert state["loss.terms.classes.prototypes"].shape == (14, 16)
+    assert not torch.equal(state["loss.terms.classes.head.weight"], torch.eye(16)), (
+        "the loss's own parameters train too"
+    )
+
+
+def test_gradient_cache_changes_nothing(toy_config: Config, tmp_path: Path) -> None:
+    tower = "--model.spec.vision_cfg={timm_model_name: test_vit, image_size: 32, timm_pool: avg}"
+    # With Adam's usual eps a gradient that is zero but for rounding (the bias of attention's keys) is a full step.
+    settings = [tower, "--trainer.steps=4", "--trainer.log_every=1", "--trainer.checkpoint_every=4", "--optim.eps=1e-3"]
+    whole = train(toy_config(tmp_path / "whole", *settings))
+    cached = train(toy_config(tmp_path / "cached", *settings, "--trainer.gradient_cache=3"))
+    for first, second in zip(diary(whole), diary(cached), strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
+    expected = load_file(whole / runs.WEIGHTS)
+    for name, value in load_file(cached / runs.WEIGHTS).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+
+
 def test_a_run_goes_on_with_what_it_was_started_on(
     toy_run: Path, toy_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +214,8 @@ def test_ranks_share_the_shards(toy_config: Config, toy_shards: Manifest, tmp_pa
     [
         (["--loss.name=NoSuchLoss"], "unknown loss 'NoSuchLoss'"),
         (["--loss.name=ClipLoss", "--loss.args={tau: 1}"], r"loss\.args"),
+        (["--loss.name=MultiViewClipLoss"], "needs second_image_features, second_text_features, and a batch has none"),
+        (["--trainer.gradient_cache=4"], "normalises over its batch"),
         (["--data.batch_size=1000"], "do not fill a batch"),
         (["--data.preprocess.size=64"], "they must be equal"),
         (["--model.spec.vision_cfg.timm_model_name=resnet19"], r"model\.spec: open_clip cannot build it"),
