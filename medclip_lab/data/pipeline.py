@@ -37,6 +37,7 @@ class SourceConfig:
     shards: str
     """Folder with `manifest.json`, as `medclip-lab prepare` writes it."""
     split: str = "train"
+    """Or several, "train+val": once every setting is chosen, the validation patients may train too."""
     weight: float = 1.0
     """Share of each batch, relative to the other sources."""
     balance: float = 0.0

@@ -206,16 +206,16 @@ class Manifest:
         return cls(folder, shards, facts)
 
     def of_split(self, split: str) -> tuple[Shard, ...]:
-        """The shards of one split.
+        """The shards of one split, or of several: "train+val".
 
         Raises:
-            UserError: there is none.
+            UserError: there is no such split.
         """
-        shards = tuple(shard for shard in self.shards if shard.split == split)
-        if not shards:
-            known = ", ".join(sorted({shard.split for shard in self.shards}))
-            raise UserError(f"shards: {self.folder} has no split {split!r} (it has {known})")
-        return shards
+        known = {shard.split for shard in self.shards}
+        for name in split.split("+"):
+            if name not in known:
+                raise UserError(f"shards: {self.folder} has no split {name!r} (it has {', '.join(sorted(known))})")
+        return tuple(shard for shard in self.shards if shard.split in split.split("+"))
 
     def count(self, split: str) -> int:
         """Number of studies in a split."""

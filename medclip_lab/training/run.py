@@ -249,6 +249,8 @@ def _trained_tokenizer(config: RunConfig, folder: Path, rank: int) -> int:
 def _validation_stream(
     config: RunConfig, tokenizer: Tokenizer, rank: int, world_size: int, quarantine_path: Path
 ) -> BatchStream:
+    if trained := [name for name, source in config.data.sources.items() if "val" in source.split.split("+")]:
+        raise UserError(f"trainer.val_every: data.sources.{trained[0]} trains on the split 'val'; set val_every to 0")
     sources = {
         name: SourceConfig(source.shards, "val", source.weight)
         for name, source in config.data.sources.items()

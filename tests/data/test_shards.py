@@ -106,6 +106,11 @@ def test_manifest_errors(tmp_path: Path) -> None:
     manifest = write_shards(toy_samples(20), tmp_path / "s", "toy", 4)
     with pytest.raises(UserError, match=r"no split 'holdout' \(it has test, train, val\)"):
         manifest.of_split("holdout")
+    with pytest.raises(UserError, match="no split 'holdout'"):
+        manifest.of_split("train+holdout")
+    both = manifest.of_split("train+val")
+    assert both == tuple(shard for shard in manifest.shards if shard.split != "test")
+    assert manifest.count("train+val") == manifest.count("train") + manifest.count("val")
     manifest.shards[0].path.unlink()
     with pytest.raises(UserError, match="listed in the manifest and missing"):
         Manifest.load(tmp_path / "s")

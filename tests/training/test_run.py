@@ -221,6 +221,7 @@ def test_ranks_share_the_shards(toy_config: Config, toy_shards: Manifest, tmp_pa
         (["--model.spec.vision_cfg.timm_model_name=resnet19"], r"model\.spec: open_clip cannot build it"),
         (["--data.sources.toy.shards=nowhere"], "no such folder"),
         (["--data.sources.toy.split=holdout"], "no split 'holdout'"),
+        (["--data.sources.toy.split=train+val", "--trainer.val_every=5"], "trains on the split 'val'"),
         (["--model.spec=ViT-B-32"], "has its own tokenizer"),
     ],
 )
