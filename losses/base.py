@@ -1,11 +1,12 @@
 """What the losses over image-text pairs share: how they are called, checked, implemented and reduced."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from medclip_lab import distributed
 from medclip_lab.losses import functional
@@ -70,8 +71,8 @@ class PairLoss(nn.Module):
         super().__init__()
         choose("impl", impl, ("auto", "reference", "chunked"))
         choose("grad_reduction", grad_reduction, ("mean", "sum"))
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+            raise ValueError(f"chunk_size must be a whole number of at least 1, got {chunk_size}")
         if temperature is not None and not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         if logit_scale_range is not None:
@@ -84,7 +85,8 @@ class PairLoss(nn.Module):
         self.grad_reduction = grad_reduction
         self.temperature = temperature
         self.logit_scale_range = None if logit_scale_range is None else tuple(logit_scale_range)
-        self._norms_seen = False
+        self._calls = 0
+        self._warned = False
 
     @overload
     def forward(
@@ -130,28 +132,35 @@ class PairLoss(nn.Module):
             ValueError: tensors that do not fit each other; an empty global batch; ranks that disagree on the loss, the
                 embed dim, the inputs or on which tower is frozen.
         """
-        check_features(image_features, text_features, logit_scale, logit_bias, self.paired)
-        if missing := [name for name in self.inputs if name not in inputs]:
-            raise ValueError(f"{type(self).__name__} needs {', '.join(missing)}")
-        if unknown := [name for name in inputs if name not in (*self.inputs, *self.optional_inputs)]:
-            raise ValueError(f"{type(self).__name__} takes no {', '.join(unknown)}")
-        self.check_inputs(image_features, text_features, **inputs)
-        self._warn_of_norms(image_features, text_features)
-        counts = distributed.agree(
-            [len(image_features), len(text_features)],
-            "" if distributed.world_size() == 1 else self._description(image_features, text_features, inputs),
-            image_features.device,
-        )
+        problem = None
+        try:
+            check_features(image_features, text_features, logit_scale, logit_bias, self.paired)
+            check_names(type(self).__name__, inputs, self.inputs, self.optional_inputs)
+            self.check_inputs(image_features, text_features, **inputs)
+            if not torch.compiler.is_compiling():
+                _refuse_forward_mode(image_features, text_features, logit_scale, logit_bias)
+                self._warn_of_norms(image_features, text_features)
+        except ValueError as error:
+            problem = str(error)
+        tensors = {
+            "image_features": image_features,
+            "text_features": text_features,
+            "logit_scale": logit_scale,
+            "logit_bias": logit_bias,
+            **inputs,
+        }
+        counts = agree_on(self, tensors, problem, [image_features, text_features])
         image_sizes, text_sizes = [row[0] for row in counts], [row[1] for row in counts]
         if sum(image_sizes) == 0 or sum(text_sizes) == 0:
             raise ValueError(f"empty batch: {sum(image_sizes)} image_features, {sum(text_sizes)} text_features")
         # What a loss does not depend on gets a gradient of 0: a parameter without any would trouble DDP.
         unused = [] if logit_bias is None or self.uses_bias else [logit_bias]
+        wide = functional.wide_dtype(image_features, text_features)
         if self.temperature is not None:
             unused.append(logit_scale)
-            logit_scale = torch.full_like(logit_scale, 1 / self.temperature, requires_grad=False)
+            logit_scale = torch.full((), 1 / self.temperature, dtype=wide, device=logit_scale.device)
         elif self.logit_scale_range is not None:
-            logit_scale = logit_scale.clamp(*self.logit_scale_range)
+            logit_scale = logit_scale.to(wide).clamp(*self.logit_scale_range)
         batch = Batch(image_features, text_features, logit_scale, logit_bias, inputs, image_sizes, text_sizes)
         dense = sum(image_sizes) * sum(text_sizes) <= DENSE_PAIRS if self.impl == "auto" else self.impl == "reference"
         terms = self._dense(batch) if dense else self.chunked(batch)
@@ -191,31 +200,63 @@ class PairLoss(nn.Module):
         scalars = batch.logit_scale.requires_grad or (batch.logit_bias is not None and batch.logit_bias.requires_grad)
         return [batch.image_features.requires_grad, batch.text_features.requires_grad, scalars]
 
-    def _description(self, image_features: Tensor, text_features: Tensor, inputs: dict[str, Tensor]) -> str:
-        settings = {
-            name: value
-            for name, value in vars(self).items()
-            if not name.startswith("_") and name not in ("training", "chunk_size")
-        }
-        tensors = {"image_features": image_features, "text_features": text_features, **inputs}
-        shapes = {
-            name: (tuple(value.shape[1:]), str(value.dtype), value.requires_grad and torch.is_grad_enabled())
-            for name, value in tensors.items()
-        }
-        return f"{type(self).__name__} {settings} on {shapes}"
-
     def _warn_of_norms(self, *features: Tensor) -> None:
-        if self._norms_seen or torch.compiler.is_compiling():
+        # On calls 1, 2, 4, 8 ...: a tower that leaves the sphere later is met too, and the cost is nothing.
+        self._calls += 1
+        if self._warned or self._calls & (self._calls - 1):
             return
-        self._norms_seen = True
         for modality, values in zip(("image", "text"), features, strict=True):
             norms = values.detach().float().norm(dim=1)
-            if len(norms) and not bool((norms - 1).abs().max() < NORM_TOLERANCE) and bool(norms.isfinite().all()):
+            if len(norms) and bool(norms.isfinite().all()) and not bool((norms - 1).abs().max() < NORM_TOLERANCE):
+                self._warned = True
                 warnings.warn(
                     f"{modality}_features should have unit norm; theirs are {norms.min():.3g} to {norms.max():.3g}. "
                     "The loss is defined, but its logits are no cosines: normalise the features",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
+
+
+def _refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """An operator without a rule for tangents would drop them in silence."""
+    for tensor in tensors:
+        # torch has no types for it
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+            raise ValueError("the losses have no forward-mode derivative: use backward, or functional.py")
+
+
+def agree_on(
+    loss: nn.Module, tensors: Mapping[str, Any], problem: str | None, rows: Sequence[Any] = ()
+) -> list[list[int]]:
+    """Rows of every rank, after all ranks have found that they call the same loss on the same kind of tensors.
+
+    Args:
+        loss: its public settings must be equal.
+        tensors: their trailing shapes, dtypes, whether they ask for a gradient, and the values of scalars must be
+            equal.
+        problem: what is wrong on this rank.
+        rows: tensors whose rows are counted.
+
+    Raises:
+        ValueError: on every rank, if one has a problem or they disagree.
+    """
+    what = ""
+    if distributed.world_size() > 1 and problem is None:
+        settings = {
+            name: value
+            for name, value in vars(loss).items()
+            if not name.startswith("_") and name not in ("training", "chunk_size")
+        }
+        kinds = {name: _kind(name, value) for name, value in tensors.items() if isinstance(value, Tensor)}
+        what = f"{type(loss).__name__} {settings} on {kinds}"
+    device = next((value.device for value in tensors.values() if isinstance(value, Tensor)), torch.device("cpu"))
+    counts = [0 for _ in rows] if problem is not None else [len(value) for value in rows]
+    return distributed.agree(counts, what, device, problem)
+
+
+def _kind(name: str, tensor: Tensor) -> tuple[Any, ...]:
+    wanted = tensor.requires_grad and torch.is_grad_enabled()
+    what = float(tensor.detach()) if name in ("logit_scale", "logit_bias") else tuple(tensor.shape[1:])
+    return what, str(tensor.dtype), wanted
 
 
 def choose(name: str, value: object, choices: Sequence[str]) -> None:
@@ -237,6 +278,7 @@ def check_features(
         ValueError: not two-dimensional, different embed dims, different numbers of rows where rows are pairs, integers,
             different devices; a scale or bias that is no scalar tensor.
     """
+    check_tensors({"image_features": image_features, "text_features": text_features})
     both = f"image_features {tuple(image_features.shape)}, text_features {tuple(text_features.shape)}"
     if image_features.ndim != 2 or text_features.ndim != 2:
         raise ValueError(f"features must be [batch, dim]: {both}")
@@ -264,6 +306,45 @@ def check_features(
             raise ValueError(f"{name} must be a floating point tensor of one number, got {shape}")
         if value.device != image_features.device:
             raise ValueError(f"{name} is on {value.device}, image_features on {image_features.device}")
+
+
+def check_tensors(inputs: Mapping[str, Any]) -> None:
+    """Refuse lists, arrays and None.
+
+    Raises:
+        ValueError: names the input and what it is.
+    """
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_names(loss: str, inputs: Mapping[str, Any], needed: Iterable[str], optional: Iterable[str] = ()) -> None:
+    """Refuse a call that lacks an input, or has one too many, or one that is no tensor.
+
+    Raises:
+        ValueError: names them.
+    """
+    if missing := [name for name in needed if name not in inputs]:
+        raise ValueError(f"{loss} needs {', '.join(missing)}")
+    if unknown := [name for name in inputs if name not in (*needed, *optional)]:
+        raise ValueError(f"{loss} takes no {', '.join(unknown)}")
+    check_tensors(inputs)
+
+
+def check_states(name: str, labels: Tensor) -> None:
+    """Refuse labels that are no state.
+
+    Raises:
+        ValueError: names the input and a value.
+    """
+    if torch.compiler.is_compiling():
+        return
+    fits = (labels == 0) | (labels == 1) | (labels == -1) | (labels != labels)  # the last: NaN
+    if not bool(fits.all()):
+        raise ValueError(
+            f"{name} holds {labels[~fits][0].item():g}: 1, 0, -1 (uncertain) or NaN (not mentioned) expected"
+        )
 
 
 def check_rows(name: str, value: Tensor, rows: int, ndim: int, device: torch.device) -> None:
@@ -315,6 +396,7 @@ def check_ids(image_features: Tensor, text_features: Tensor, inputs: dict[str, A
         elif name.endswith("_labels"):
             rows = len(image_features) if name.startswith("image") else len(text_features)
             check_rows(name, value, rows, 2, image_features.device)
+            check_states(name, value)
     if "image_labels" in inputs and "text_labels" in inputs:
         images, texts = inputs["image_labels"].shape[1], inputs["text_labels"].shape[1]
         if images != texts:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from medclip_lab import distributed
 from medclip_lab.losses import functional
+from medclip_lab.losses.base import check_rows
 
 ROWS = 1024
 """Rows of pairs that are held at a time."""
@@ -34,6 +35,8 @@ def diagnose(
         "negative_logit": means over the pairs and over all others; "image_to_text_top1" and "text_to_image_top1":
         share of rows whose own partner scores highest, which ties count against.
     """
+    if text_ids is not None:
+        check_rows("text_ids", text_ids, len(text_features), 1, text_features.device)
     counts = distributed.agree(
         [len(image_features), len(text_features)], f"diagnose {paired} {text_ids is not None}", image_features.device
     )
@@ -44,7 +47,7 @@ def diagnose(
     if text_ids is not None:
         ids = distributed.gather(text_ids, text_sizes)
         _, group, many = torch.unique(ids, return_inverse=True, return_counts=True)
-        told["repeated_texts"] = (many[group] > 1).float().mean()
+        told["repeated_texts"] = ((many[group] > 1) & (ids >= 0)).float().mean()
     if not paired:
         return told
     start, count = sum(image_sizes[: distributed.rank()]), len(images)
@@ -72,7 +75,9 @@ def diagnose(
 
 
 def effective_rank(features: Tensor) -> Tensor:
-    """exp of the entropy of the normalised singular values of [N, D]; between 1 and min(N, D)."""
+    """exp of the entropy of the normalised singular values of [N, D]; between 1 and min(N, D), NaN if not finite."""
+    if not bool(features.isfinite().all()):
+        return features.new_tensor(float("nan"))
     values = torch.linalg.svdvals(features)
     shares = values / values.sum()
     rank: Tensor = torch.special.entr(shares).sum().exp()

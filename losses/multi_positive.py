@@ -59,4 +59,4 @@ class MultiPositiveClipLoss(SoftmaxLoss):
 
     def chunked(self, batch: Batch) -> dict[str, Tensor]:
         loss, floor = self.softmax_pairs(batch, positive_ids=ids_of_all(self.positives, batch))
-        return {"contrastive_loss": loss, "excess_loss": loss.detach() - floor}
+        return {"contrastive_loss": loss, "excess_loss": (loss - floor).detach()}

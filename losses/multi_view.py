@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from medclip_lab.losses.base import check_features
+from medclip_lab.losses.base import agree_on, check_names
 from medclip_lab.losses.clip import ClipLoss
 
 
@@ -48,24 +48,27 @@ class MultiViewClipLoss(nn.Module):
         logit_scale: Tensor,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
-        *,
-        second_image_features: Tensor,
-        second_text_features: Tensor,
+        **inputs: Tensor,
     ) -> Tensor | dict[str, Tensor]:
         """Loss of the global batch.
 
         Args:
             image_features, text_features: [N, D] of the first views and texts, unit norm.
             logit_scale, logit_bias, output_dict: as for `ClipLoss`.
-            second_image_features, second_text_features: [N, D] of the second ones.
+            inputs: second_image_features, second_text_features: [N, D] of the second ones.
 
         Raises:
             ValueError: as for `ClipLoss`.
         """
-        views, texts = (image_features, second_image_features), (text_features, second_text_features)
-        for view in views:
-            for text in texts:
-                check_features(view, text, logit_scale, logit_bias, paired=True)
+        problem = None
+        try:
+            check_names(type(self).__name__, inputs, self.inputs)
+        except ValueError as error:
+            problem = str(error)
+        agree_on(self, inputs, problem)
+        # ClipLoss checks each pair of features, on all ranks at once.
+        views = (image_features, inputs["second_image_features"])
+        texts = (text_features, inputs["second_text_features"])
 
         def clip(first: Tensor, second: Tensor) -> Tensor:
             value: Tensor = self.clip(first, second, logit_scale, logit_bias)

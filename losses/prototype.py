@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from medclip_lab import distributed
 from medclip_lab.losses import functional
-from medclip_lab.losses.base import check_features, check_rows, choose
+from medclip_lab.losses.base import agree_on, check_features, check_names, check_rows, check_states, choose
 
 
 class PrototypeLoss(nn.Module):
@@ -57,8 +57,7 @@ class PrototypeLoss(nn.Module):
         logit_scale: Tensor,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
-        *,
-        image_labels: Tensor,
+        **inputs: Tensor,
     ) -> Tensor | dict[str, Tensor]:
         """Loss of the global batch; 0, with gradients of 0, if it has no known label.
 
@@ -68,19 +67,20 @@ class PrototypeLoss(nn.Module):
             logit_scale: scalar, already exponentiated.
             logit_bias: not used.
             output_dict: return {"contrastive_loss": loss}.
-            image_labels: [N, K].
+            inputs: image_labels [N, K].
 
         Raises:
-            ValueError: tensors that do not fit each other or the prototypes.
+            ValueError: tensors that do not fit each other or the prototypes; ranks that disagree.
         """
-        check_features(image_features, text_features, logit_scale, logit_bias, paired=False)
-        check_rows("image_labels", image_labels, len(image_features), 2, image_features.device)
-        wanted = tuple(self.prototypes.shape)
-        if (image_labels.shape[1], image_features.shape[1]) != wanted:
-            raise ValueError(
-                f"prototypes are [classes, dim] {wanted}; image_labels {tuple(image_labels.shape)}, "
-                f"image_features {tuple(image_features.shape)}"
-            )
+        problem = None
+        try:
+            check_features(image_features, text_features, logit_scale, logit_bias, paired=False)
+            check_names(type(self).__name__, inputs, self.inputs)
+            self._check_labels(image_features, inputs["image_labels"])
+        except ValueError as error:
+            problem = str(error)
+        agree_on(self, {"logit_scale": logit_scale, "image_features": image_features, **inputs}, problem)
+        image_labels = inputs["image_labels"]
         dtype = torch.promote_types(functional.wide_dtype(image_features), self.prototypes.dtype)
         with torch.autocast(image_features.device.type, enabled=False):
             head = self.head.weight.to(dtype) if isinstance(self.head, nn.Linear) else None
@@ -96,6 +96,16 @@ class PrototypeLoss(nn.Module):
         if self.grad_reduction == "sum" and world > 1:
             loss = loss / world + (loss - loss / world).detach()
         # Towers without a gradient would trouble DDP.
-        unused = 0 * text_features.sum().to(loss.dtype)
+        unused = 0 * text_features.sum(dtype=loss.dtype)
         loss = loss + (unused if logit_bias is None else unused + 0 * logit_bias.reshape(()).to(loss.dtype))
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _check_labels(self, image_features: Tensor, image_labels: Tensor) -> None:
+        check_rows("image_labels", image_labels, len(image_features), 2, image_features.device)
+        wanted = tuple(self.prototypes.shape)
+        if (image_labels.shape[1], image_features.shape[1]) != wanted:
+            raise ValueError(
+                f"prototypes are [classes, dim] {wanted}; image_labels {tuple(image_labels.shape)}, "
+                f"image_features {tuple(image_features.shape)}"
+            )
+        check_states("image_labels", image_labels)

@@ -127,4 +127,4 @@ class SoftTargetClipLoss(SoftmaxLoss):
         loss, floor = self.softmax_pairs(
             batch, label_values=values, similarity=similarity, temperature=self.target_temperature
         )
-        return {"contrastive_loss": loss, "excess_loss": loss.detach() - floor}
+        return {"contrastive_loss": loss, "excess_loss": (loss - floor).detach()}

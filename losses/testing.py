@@ -1,7 +1,9 @@
 """Does a loss keep this package's contract? One call answers.
 
     from medclip_lab.losses.testing import check_loss
-    check_loss(MyLoss())
+
+    if __name__ == "__main__":  # other processes import this file
+        check_loss(MyLoss())
 
 The value is the loss of the global batch and every gradient is the gradient of that value, whatever the number of
 ranks, the precision and the layout of the inputs. See `check_loss` for what is tried.
@@ -142,12 +144,12 @@ def check_loss(
 ) -> None:
     """Try a loss in every way its users will, in float64 against differences of its own values wherever that decides.
 
-    Value and every gradient: by central differences (float64); the same for `grad_output` 1e-3 and 65,536, with any of
-    the inputs frozen, for transposed, strided and expanded features, after a second backward, for all texts identical,
-    under autocast and `torch.compile`, and bitwise the same in 20 runs; float32 within 1e-5, bfloat16 within its own
-    rounding; NaN and infinity come out; W ranks, with even and uneven shares and with an empty one, give what one
-    process gives: the value on every rank, and gradients whose average (or sum, if the loss has
-    `grad_reduction="sum"`) over ranks is the gradient.
+    Value and every gradient, those of the loss's own parameters too: by central differences (float64); the same for
+    `grad_output` 1e-3 and 65,536, with any of the inputs frozen, for transposed, strided and expanded features, after a
+    second backward, for all texts identical, under autocast and `torch.compile`, and bitwise the same in 20 runs;
+    float32 within 1e-5, bfloat16 within its own rounding; NaN and infinity come out; W ranks, with even and uneven
+    shares and with an empty one, give what one process gives: the value on every rank, and gradients whose average (or
+    sum, if the loss has `grad_reduction="sum"`) over ranks is the gradient.
 
     Args:
         loss: called as open_clip calls its losses; it must be picklable, as other processes run it too.
@@ -212,22 +214,39 @@ def _check_differences(loss: nn.Module, inputs: Inputs, expected: Outcome) -> No
         found = expected.gradients.get(name, torch.zeros_like(leaf))
         chance = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype)
         for direction in (chance, found):
-            if not direction.any():
-                continue
-            step = 1e-5 * direction / direction.norm()
 
-            def at(sign: int, name: str = name, leaf: Tensor = leaf, step: Tensor = step) -> float:
-                moved = {**inputs.leaves, name: leaf + sign * step}
+            def along(step: Tensor, name: str = name, leaf: Tensor = leaf) -> float:
                 with torch.no_grad():
-                    return float(loss(**moved, **inputs.extra))
+                    return float(loss(**{**inputs.leaves, name: leaf + step}, **inputs.extra))
 
-            slope = (at(1) - at(-1)) / 2
-            told = float((found * step).sum())
-            size = float(found.norm() * step.norm())
-            assert abs(slope - told) <= 1e-5 * size + 1e-13, (
-                f"gradient of {name}: along {'its own' if direction is found else 'a random'} direction the loss "
-                f"changes by {slope:.8g}, the gradient says {told:.8g}"
-            )
+            _check_slope(along, found, direction, name)
+    for name, parameter in loss.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        found = expected.gradients.get(name, torch.zeros_like(parameter))
+        start = parameter.detach().clone()
+        for direction in (torch.randn(start.shape, generator=generator, dtype=start.dtype), found):
+
+            def moved(step: Tensor, parameter: Tensor = parameter, start: Tensor = start) -> float:
+                with torch.no_grad():
+                    parameter.copy_(start + step)
+                    value = float(loss(**inputs.leaves, **inputs.extra))
+                    parameter.copy_(start)
+                return value
+
+            _check_slope(moved, found, direction, name)
+
+
+def _check_slope(at: Callable[[Tensor], float], gradient: Tensor, direction: Tensor, name: str) -> None:
+    """`at` a step from where the gradient was taken the loss must be what the gradient says."""
+    if not direction.any():
+        return
+    step = 1e-5 * direction / direction.norm()
+    slope, told = (at(step) - at(-step)) / 2, float((gradient * step).sum())
+    assert abs(slope - told) <= 1e-5 * float(gradient.norm() * step.norm()) + 1e-13, (
+        f"gradient of {name}: along {'its own' if direction is gradient else 'a random'} direction the loss "
+        f"changes by {slope:.8g}, the gradient says {told:.8g}"
+    )
 
 
 def _check_gradients(loss: nn.Module, inputs: Inputs, expected: Outcome) -> None:
@@ -300,13 +319,15 @@ def _check_not_finite(loss: nn.Module, inputs: Inputs) -> None:
 
 def _check_compile(loss: nn.Module, inputs: Inputs, expected: Outcome) -> None:
     torch.compiler.reset()
+    loss.zero_grad()
     compiled = torch.compile(loss, backend="aot_eager")
-    leaves = {name: value.detach().requires_grad_() for name, value in inputs.leaves.items()}
+    turned = inputs.map(lambda value: value.t().contiguous().t())  # a wrong layout in an operator's fake shows here
+    leaves = {name: value.detach().requires_grad_() for name, value in turned.leaves.items()}
     value = compiled(**leaves, **inputs.extra)
     value.backward()
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-    kept = {name: grad for name, grad in expected.gradients.items() if name in leaves}
-    _same(Outcome(value.detach(), gradients), Outcome(expected.value, kept), "under torch.compile", 1e-10)
+    gradients |= {name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None}
+    _same(Outcome(value.detach(), gradients), expected, "under torch.compile", 1e-10)
 
 
 def shares_of(world: int) -> list[list[int]]:
@@ -337,7 +358,9 @@ def check_ranks(loss: nn.Module, world: int, run: Runner, dim: int = 8, make_inp
 
 
 def _on_rank(loss: nn.Module, inputs: Inputs, shares: Sequence[int]) -> Outcome:
-    return outcome(loss, inputs.share(shares, dist.get_rank()))
+    own = inputs.share(shares, dist.get_rank())
+    # Each rank's memory lies another way: what ranks send must not depend on it.
+    return outcome(loss, own if dist.get_rank() % 2 else own.map(lambda value: value.t().contiguous().t()))
 
 
 @contextmanager
@@ -356,8 +379,15 @@ def processes(world: int) -> Iterator[Runner]:
             def run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
                 # Each function meets the others in a collective, so no worker can take two of the calls.
                 calls = [(function, arguments)] * world
-                answers = pool.starmap_async(_answer, calls, chunksize=1).get(timeout=120)
-                return [answer for _, answer in sorted(answers, key=lambda pair: pair[0])]
+                answers: dict[int, Any] = {}
+                arriving = pool.imap_unordered(_answer, calls, chunksize=1)
+                for _ in range(world):
+                    rank, answer, error = arriving.next(timeout=120)
+                    if error is not None:
+                        pool.terminate()  # the others may wait for this one for ever
+                        raise AssertionError(f"on rank {rank} of {world}: {error}")
+                    answers[rank] = answer
+                return [answers[rank] for rank in range(world)]
 
             yield run
 
@@ -368,10 +398,14 @@ def _join(ranks: Any, store: str, world: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=ranks.get(), world_size=world)
 
 
-def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[int, Any]:
-    answer = function(*arguments)
+def _answer(call: tuple[Callable[..., Any], tuple[Any, ...]]) -> tuple[int, Any, str | None]:
+    function, arguments = call
+    try:
+        answer = function(*arguments)
+    except Exception as error:
+        return dist.get_rank(), None, f"{type(error).__name__}: {error}"
     dist.barrier()
-    return dist.get_rank(), answer
+    return dist.get_rank(), answer, None
 
 
 def _same(

@@ -22,6 +22,8 @@ class WeightedSum(nn.Module):
         super().__init__()
         if not terms:
             raise ValueError("terms: at least one loss")
+        if taken := [name for name in terms if name in ("loss", "contrastive_loss") or "." in name]:
+            raise ValueError(f"terms: {taken[0]!r} is no name for a term: the sum is called so, or it has a dot")
         weights = weights or {}
         if unknown := [name for name in weights if name not in terms]:
             raise ValueError(f"weights: no loss is named {', '.join(unknown)}; the terms are {', '.join(terms)}")
@@ -66,4 +68,4 @@ class WeightedSum(nn.Module):
             told[name] = value.detach()
             told |= {f"{name}/{key}": part for key, part in parts.items()}
         total = torch.stack(values).sum()
-        return {"contrastive_loss": total, **told} if output_dict else total
+        return {**told, "contrastive_loss": total} if output_dict else total

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def world_size() -> int:
@@ -25,29 +26,35 @@ def launched_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def agree(counts: Sequence[int], what: str, device: torch.device) -> list[list[int]]:
+def agree(counts: Sequence[int], what: str, device: torch.device, problem: str | None = None) -> list[list[int]]:
     """Every rank's `counts`, after all ranks have found that they are about to do the same thing.
 
     Args:
         counts: as many on every rank.
         what: a description of what is to be done, equal on all ranks.
+        problem: what keeps this rank from doing it. To raise it here alone would leave the others waiting.
 
     Raises:
-        ValueError: on every rank, if the descriptions differ; what would have come next could hang.
+        ValueError: on every rank, if one has a problem or the descriptions differ.
     """
     if world_size() == 1:
+        if problem is not None:
+            raise ValueError(problem)
         return [list(counts)]
     mark = int.from_bytes(hashlib.sha256(what.encode()).digest()[:8], "big", signed=True)
-    mine = torch.tensor([*counts, mark], dtype=torch.int64, device=device)
+    mine = torch.tensor([*counts, mark, problem is not None], dtype=torch.int64, device=device)
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, mine)
     rows: list[list[int]] = torch.stack(parts).tolist()
-    if any(row[-1] != mark for row in rows):
+    if any(row[-1] or row[-2] != mark for row in rows):
         said: list[Any] = [None] * len(rows)
-        dist.all_gather_object(said, what)
-        other = next(index for index, text in enumerate(said) if text != said[0])
-        raise ValueError(f"ranks disagree: rank 0 has {said[0]}; rank {other} has {said[other]}")
-    return [row[:-1] for row in rows]
+        dist.all_gather_object(said, (what, problem))
+        for index, (_, trouble) in enumerate(said):
+            if trouble is not None:
+                raise ValueError(trouble if index == rank() else f"on rank {index}: {trouble}")
+        other = next(index for index, (text, _) in enumerate(said) if text != said[0][0])
+        raise ValueError(f"ranks disagree: rank 0 has {said[0][0]}; rank {other} has {said[other][0]}")
+    return [row[:-2] for row in rows]
 
 
 class _Gather(torch.autograd.Function):
@@ -64,10 +71,11 @@ class _Gather(torch.autograd.Function):
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
+    @once_differentiable  # a second derivative would have to pass through the sum over ranks, and would be 1 / W of it
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         # Every rank computed the loss of the whole batch. The sum over ranks is W times the gradient of that loss,
         # and averaging over ranks, as DDP does with the parameters, takes the W away again.
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may hand it to others too
         dist.all_reduce(gradient)
         return torch.split(gradient, ctx.sizes)[dist.get_rank()], None
 
@@ -96,6 +104,7 @@ class _Total(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(_: Any, gradient: Tensor) -> Tensor:
         return gradient * dist.get_world_size()
 

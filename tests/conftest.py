@@ -123,9 +123,16 @@ def gloo() -> Iterator[Callable[[int], Runner]]:
     with contextlib.ExitStack() as stack:
 
         def group(world: int) -> Runner:
-            if world not in running:
-                running[world] = stack.enter_context(processes(world))
-            return running[world]
+            def run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
+                if world not in running:
+                    running[world] = stack.enter_context(processes(world))
+                try:
+                    return running[world](function, arguments)
+                except Exception:
+                    del running[world]  # a group that lost a call is gone; the next test starts another
+                    raise
+
+            return run
 
         yield group
 

@@ -153,14 +153,15 @@ def softmax_pairs(
         loss += by_column * column_lse.sum() / distributed.world_size()
 
         if not grads.none:
-            by_rows, by_columns = row_lse.to(pairs.wide)[:, None], column_lse.to(pairs.wide)
+            row_top, row_factor = _split(row_lse, by_row, pairs.wide)
+            column_top, column_factor = _split(column_lse, by_column, pairs.wide)
             for block in pairs.blocks(0.0, grads):
                 z, p = block.z, block.work
                 wanted = None if target is None else target.block(block)
                 if wanted is not None:
                     loss -= torch.mul(wanted, z, out=p).sum(1).sum(dtype=torch.float64)
-                torch.sub(z, by_rows[block.rows], out=p).exp_().mul_(by_row)
-                p.add_(z.sub_(by_columns[block.columns]).exp_(), alpha=by_column)
+                torch.sub(z, row_top[block.rows, None], out=p).exp_().mul_(row_factor[block.rows, None])
+                p.addcmul_(z.sub_(column_top[block.columns]).exp_(), column_factor[block.columns])
                 if wanted is not None:
                     p -= wanted
                 else:
@@ -179,6 +180,16 @@ def _logsumexp(z: Tensor, dim: int, work: Tensor) -> Tensor:
     # A row of -inf has the logarithm of 0; any other non-finite maximum must come out as it is.
     torch.sub(z, torch.where(top == float("-inf"), 0.0, top), out=work).exp_()
     return work.sum(dim).double().log() + top.squeeze(dim).double()
+
+
+def _split(lse: Tensor, weight: float, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A top and a factor with exp(z - top) * factor = weight * exp(z - lse), to the last digit.
+
+    A logarithm of 100 is off by 4e-6 in float32, and so would be the probability of a pair, less which the target is
+    little.
+    """
+    top = lse.to(wide)
+    return top, (weight * (top.double() - lse).exp()).to(wide)
 
 
 @dataclass
@@ -212,9 +223,10 @@ class _Pairs:
     def __init__(self, image: Tensor, text: Tensor, scale: Tensor, sizes: Sequence[int], chunk_size: int) -> None:
         self.wide = functional.wide_dtype(image, text)
         self.sizes = sizes
-        self._shares = distributed.Shares(text, sizes)
-        self.image = image.to(self.wide)
-        self._texts = {distributed.rank(): text.to(self.wide)}
+        # Contiguous, as the ranks add up each other's memory as it lies.
+        self._shares = distributed.Shares(text.contiguous(), sizes)
+        self.image = image.to(self.wide).contiguous()
+        self._texts: dict[int, Tensor] = {}
         self.s = float(scale)
         self.rows = chunk_size or max(1, BLOCK_BYTES // (max(*sizes, 1) * self.image.element_size()))
         shape = min(self.rows, len(image)), max(sizes)
@@ -374,8 +386,8 @@ class _LabelTarget(_Target):
         self.text_known = values[3] if len(values) > 2 else None
         self.similarity, self.temperature = similarity, temperature
         self.by_row, self.by_column = by_row, by_column
-        self.row_lse = self.images.new_full((len(self.images),), float("-inf"))
-        self.column_lse = self.images.new_full((len(self.texts),), float("-inf"))
+        self.row_lse = self.images.new_full((len(self.images),), float("-inf"), dtype=torch.float64)
+        self.column_lse = self.images.new_full((len(self.texts),), float("-inf"), dtype=torch.float64)
         self.agreement = torch.zeros((), dtype=torch.float64, device=self.images.device)
 
     def _similarity(self, block: _Block) -> Tensor:
@@ -391,22 +403,24 @@ class _LabelTarget(_Target):
     def scan(self, block: _Block) -> None:
         similar = self._similarity(block)
         rows, columns = block.rows, block.columns
-        self.row_lse[rows] = torch.logaddexp(self.row_lse[rows], similar.logsumexp(1))
-        self.column_lse[columns] = torch.logaddexp(self.column_lse[columns], similar.logsumexp(0))
+        self.row_lse[rows] = torch.logaddexp(self.row_lse[rows], _logsumexp(similar, 1, block.work))
+        self.column_lse[columns] = torch.logaddexp(self.column_lse[columns], _logsumexp(similar, 0, block.work))
 
     def close(self) -> None:
         self.column_lse = distributed.all_logsumexp(self.column_lse)
+        self.row_top, self.row_factor = _split(self.row_lse, self.by_row, self.images.dtype)
+        self.column_top, self.column_factor = _split(self.column_lse, self.by_column, self.images.dtype)
 
     def block(self, block: _Block) -> Tensor:
         similar = self._similarity(block)
-        target = (similar - self.row_lse[block.rows, None]).exp_().mul_(self.by_row)
-        target.add_((similar - self.column_lse[block.columns]).exp_(), alpha=self.by_column)
+        target = (similar - self.row_top[block.rows, None]).exp_().mul_(self.row_factor[block.rows, None])
+        target.addcmul_((similar - self.column_top[block.columns]).exp_(), self.column_factor[block.columns])
         self.agreement += (target * similar).sum(1).sum(dtype=torch.float64)
         return target
 
     def floor(self) -> Tensor:
-        rows = self.by_row * self.row_lse.sum(dtype=torch.float64)
-        columns = self.by_column * self.column_lse.sum(dtype=torch.float64) / distributed.world_size()
+        rows = self.by_row * self.row_lse.sum()
+        columns = self.by_column * self.column_lse.sum() / distributed.world_size()
         return rows + columns - self.agreement
 
 

@@ -36,7 +36,7 @@ def refuse_batch_statistics(model: nn.Module, chunk_size: int) -> None:
         UserError: a batch norm that trains.
     """
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
+        if isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats):
             raise UserError(
                 f"trainer.gradient_cache is {chunk_size}, and {name} normalises over its batch: in chunks of "
                 f"{chunk_size} it would be another model. Use a tower with layer or group norm, or no gradient cache"

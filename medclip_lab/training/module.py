@@ -22,7 +22,7 @@ from medclip_lab.models.dual_encoder import DualEncoder, Features
 from medclip_lab.training.gradient_cache import in_chunks, refuse_batch_statistics
 from medclip_lab.training.optim import OptimConfig, build_optimizer, lr_factor
 
-MAX_LOG_SCALE = math.log(100)  # Radford et al. 2021: a larger scale makes training unstable
+SCALE_RANGE = (1.0, 100.0)  # Radford et al. 2021: a larger scale makes training unstable
 
 
 class ContrastiveModule(LightningModule):
@@ -111,8 +111,9 @@ class ContrastiveModule(LightningModule):
         self.log("val_loss", terms.get("excess_loss", terms["loss"]), batch_size=len(batch["image_id"]), sync_dist=True)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        least, most = getattr(self.loss, "logit_scale_range", None) or SCALE_RANGE
         with torch.no_grad():
-            self.encoder.model.logit_scale.clamp_(0, MAX_LOG_SCALE)
+            self.encoder.model.logit_scale.clamp_(math.log(least), math.log(most))
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.encoder.model, self.optim, self.loss)

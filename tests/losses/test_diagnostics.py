@@ -44,6 +44,21 @@ def test_a_collapsed_model_does_not_look_perfect() -> None:
     assert told["image_rank"].item() == pytest.approx(1, abs=1e-4)
 
 
+def test_features_that_are_not_finite_say_so() -> None:
+    bad = rows(5, 0).clone()
+    bad[0, 0] = torch.nan
+    told = diagnose(bad, rows(5, 1), torch.tensor(10.0))
+    assert told["image_rank"].isnan()
+    assert told["text_rank"].isfinite()
+
+
+def test_texts_without_an_id_repeat_nothing() -> None:
+    ids = torch.tensor([-1, -1, -1, 0, 1])
+    assert diagnose(rows(5, 0), rows(5, 1), torch.tensor(1.0), text_ids=ids)["repeated_texts"].item() == 0
+    with pytest.raises(ValueError, match="text_ids must be"):
+        diagnose(rows(5, 0), rows(5, 1), torch.tensor(1.0), text_ids=ids[:3])
+
+
 def test_unpaired_and_single_rows() -> None:
     assert set(diagnose(rows(3, 0), rows(5, 1), torch.tensor(1.0), paired=False)) == {"image_rank", "text_rank"}
     assert diagnose(rows(1, 0), rows(1, 1), torch.tensor(1.0))["negative_logit"].item() == 0

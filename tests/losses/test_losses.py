@@ -213,7 +213,10 @@ def test_weighted_sum() -> None:
     ("kind", "args", "said"),
     [
         (ClipLoss, {"impl": "fast"}, "impl: one of 'auto', 'reference', 'chunked' expected, got 'fast'"),
-        (ClipLoss, {"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        (ClipLoss, {"chunk_size": 0}, "chunk_size must be a whole number of at least 1, got 0"),
+        (ClipLoss, {"chunk_size": 2.5}, "chunk_size must be a whole number of at least 1, got 2.5"),
+        (WeightedSum, {"terms": {"loss": ClipLoss()}}, "'loss' is no name for a term"),
+        (WeightedSum, {"terms": {"contrastive_loss": ClipLoss()}}, "'contrastive_loss' is no name for a term"),
         (ClipLoss, {"grad_reduction": "max"}, "grad_reduction: one of"),
         (ClipLoss, {"temperature": 0.0}, "temperature must be positive, got 0.0"),
         (ClipLoss, {"logit_scale_range": [100, 1]}, "logit_scale_range: two positive numbers"),
@@ -242,6 +245,20 @@ def test_bad_inputs() -> None:
         (lambda: SigLipLoss()(images, texts, TAU, text_ids=ids), "SigLipLoss takes no text_ids"),
         (lambda: SigLipLoss("text")(images, texts, TAU, text_ids=ids[:3]), "text_ids must be [rows] with 4 rows"),
         (lambda: SigLipLoss("text")(images, texts, TAU, text_ids=ids.float()), "text_ids must be int64, got"),
+        (lambda: SigLipLoss("text")(images, texts, TAU, text_ids=[1]), "text_ids must be a torch.Tensor, got list"),
+        (lambda: ClipLoss()(images.numpy(), texts, TAU), "image_features must be a torch.Tensor, got ndarray"),
+        (lambda: MultiViewClipLoss()(images, texts, TAU), "MultiViewClipLoss needs second_image_features, second_text"),
+        (lambda: PrototypeLoss(2, 12)(images, texts, TAU), "PrototypeLoss needs image_labels"),
+        (
+            lambda: PrototypeLoss(1, 12)(images, texts, TAU, image_labels=torch.full((4, 1), 0.3)),
+            "image_labels holds 0.3",
+        ),
+        (
+            lambda: SoftTargetClipLoss()(
+                images, texts, TAU, image_labels=torch.ones(4, 1), text_labels=torch.ones(4, 1) * 7
+            ),
+            "text_labels holds 7: 1, 0, -1 (uncertain) or NaN",
+        ),
         (lambda: ClipLoss()(images.long(), texts.long(), TAU), "features must be floating point"),
         (lambda: ClipLoss()(images, texts, torch.ones(2)), "logit_scale must be a floating point tensor of one"),
         (lambda: ClipLoss()(images, texts, 14.0), "logit_scale must be a floating point tensor of one number, got 14"),
@@ -264,6 +281,27 @@ def test_features_that_are_not_normalised_are_warned_about_once(loss: nn.Module)
     loss(3 * features(4, 0), features(4, 1), TAU)  # a second warning would be an error
 
 
+def test_features_that_leave_the_sphere_later_are_warned_about_too() -> None:
+    loss = ClipLoss()
+    loss(features(4, 0), features(4, 1), TAU)
+    with pytest.warns(UserWarning, match="text_features should have unit norm"):
+        loss(features(4, 0), 50 * features(4, 1), TAU)
+
+
+def test_half_precision_texts_do_not_overflow_what_does_not_use_them() -> None:
+    texts = F.normalize(torch.ones(8192, 512), dim=1).half()
+    loss = PrototypeLoss(2, 512)(texts, texts, torch.tensor(10.0), image_labels=torch.ones(8192, 2))
+    assert loss.isfinite()
+
+
+def test_excess_loss_keeps_no_graph() -> None:
+    images, texts = features(4, 0).requires_grad_(), features(4, 1)
+    for impl in IMPLS:
+        told = MultiPositiveClipLoss(**impl)(images, texts, TAU, text_ids=torch.arange(4), output_dict=True)
+        assert told["contrastive_loss"].requires_grad
+        assert not told["excess_loss"].requires_grad
+
+
 def test_temperature_and_range() -> None:
     images, texts = features(4, 0), features(4, 1)
     fixed, scale = ClipLoss(temperature=0.1), torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
@@ -272,6 +310,8 @@ def test_temperature_and_range() -> None:
     value.backward()
     assert scale.grad is not None
     assert scale.grad.item() == 0
+    low = ClipLoss(temperature=0.07)(images, texts, torch.tensor(1.0).bfloat16())
+    torch.testing.assert_close(low, ClipLoss()(images, texts, torch.tensor(1 / 0.07).double()))
     clamped = ClipLoss(logit_scale_range=[1, 50])(images, texts, torch.tensor(80.0).double())
     torch.testing.assert_close(clamped, ClipLoss()(images, texts, torch.tensor(50.0).double()))
 

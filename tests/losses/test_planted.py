@@ -114,9 +114,34 @@ class ForgottenFreeze(nn.Module):
         return {"contrastive_loss": loss} if kw.get("output_dict") else loss
 
 
+class WrongParameter(nn.Module):
+    """A margin of its own whose gradient is four times the truth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.margin = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *_: Any, **kw: Any) -> Any:
+        scores = functional.logits(image_features, text_features, logit_scale)
+        loss = functional.clip_loss(scores - ScaleTimes.apply(self.margin) * torch.eye(len(scores)))
+        return {"contrastive_loss": loss} if kw.get("output_dict") else loss
+
+
+class WrongLayout(SigLipLoss):
+    """Shares sent as their memory lies, transposed on one rank and not on the other."""
+
+    def chunked(self, batch: Batch) -> dict[str, Tensor]:
+        texts = batch.text_features
+        if texts.stride(0) == 1 and distributed.world_size() > 1:
+            batch = batch._replace(text_features=texts.t().reshape(texts.shape))
+        return super().chunked(batch)
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
+        (WrongParameter(), "gradient of margin: along"),
+        (WrongLayout(impl="chunked"), r"2 ranks .*: value on rank"),
         (TowersOverWorldSize(), r"2 ranks .* mean over ranks of the gradient of image_features"),
         (ScaleGradientTimesK(), "gradient of logit_scale: along"),
         (RowOrderTarget(), r"2 ranks .*: value on rank"),

@@ -3,15 +3,14 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from medclip_lab import distributed
-from medclip_lab.losses import ClipLoss, SigLipLoss
-from medclip_lab.losses.base import PairLoss
-from medclip_lab.losses.testing import Inputs, Runner, draw, outcome
+from medclip_lab.losses import ClipLoss, MultiViewClipLoss, PrototypeLoss, SigLipLoss
+from medclip_lab.losses.testing import Inputs, Runner, draw, outcome, processes
 
 
-def try_loss(losses: list[PairLoss], inputs: list[Inputs]) -> str:
+def try_loss(losses: list[nn.Module], inputs: list[Inputs]) -> str:
     rank = dist.get_rank()
     try:
         outcome(losses[rank], inputs[rank])
@@ -34,6 +33,69 @@ def test_ranks_that_disagree_are_told(ranks: Runner) -> None:
         messages = ranks(try_loss, ([ClipLoss(), ClipLoss()], [inputs, changed]))
         assert all("ranks disagree" in message and said in message for message in messages)
     assert ranks(try_loss, ([ClipLoss(), ClipLoss()], [inputs, inputs])) == ["", ""]
+
+
+def test_ranks_that_disagree_on_scalars_are_told(ranks: Runner) -> None:
+    inputs = draw(SigLipLoss(), 4, 8)
+    for name in ("logit_scale", "logit_bias"):
+        other = Inputs({**inputs.leaves, name: inputs.leaves[name] + 1}, {})
+        messages = ranks(try_loss, ([SigLipLoss(), SigLipLoss()], [inputs, other]))
+        assert all("ranks disagree" in message and name in message for message in messages)
+    without = Inputs({name: value for name, value in inputs.leaves.items() if name != "logit_bias"}, {})
+    messages = ranks(try_loss, ([SigLipLoss(), SigLipLoss()], [inputs, without]))
+    assert all("ranks disagree" in message for message in messages)
+
+
+def test_bad_input_on_one_rank_is_told_to_all(ranks: Runner) -> None:
+    """To raise on that rank alone would leave the others waiting."""
+    loss = SigLipLoss("text")
+    inputs = draw(loss, 4, 8)
+    short = Inputs(inputs.leaves, {"text_ids": inputs.extra["text_ids"][:3]})
+    good, bad = ranks(try_loss, ([loss, loss], [inputs, short]))
+    assert bad.startswith("text_ids must be [rows] with 4 rows")
+    assert good == f"on rank 1: {bad}"
+    labels = PrototypeLoss(5, 8)
+    inputs = draw(labels, 4, 8)
+    wrong = Inputs(inputs.leaves, {"image_labels": inputs.extra["image_labels"][:, :3]})
+    good, bad = ranks(try_loss, ([labels.double()] * 2, [inputs, wrong]))
+    assert good == f"on rank 1: {bad}"
+    views = MultiViewClipLoss()
+    inputs = draw(views, 4, 8)
+    lacking = Inputs({k: v for k, v in inputs.leaves.items() if k != "second_text_features"}, {})
+    good, bad = ranks(try_loss, ([views, views], [lacking, inputs]))
+    assert bad == f"on rank 0: {good}"
+    assert good == "MultiViewClipLoss needs second_text_features"
+
+
+def raise_on_one(what: str) -> None:
+    if dist.get_rank() == 1:
+        raise RuntimeError(what)
+    dist.barrier()
+
+
+def test_an_error_on_a_rank_is_told_and_not_waited_for() -> None:
+    with processes(2) as run, pytest.raises(AssertionError, match="on rank 1 of 2: RuntimeError: no empty share"):
+        run(raise_on_one, ("no empty share",))
+
+
+def gathered_twice() -> tuple[Tensor, str]:
+    a, b = (torch.tensor([float(dist.get_rank() + 1)], requires_grad=True) for _ in range(2))
+    ((distributed.gather(a) + distributed.gather(b)) ** 2).sum().backward()
+    assert a.grad is not None
+    c = torch.tensor([1.0], requires_grad=True)
+    (first,) = torch.autograd.grad((distributed.gather(c) ** 2).sum(), c, create_graph=True)
+    try:
+        first.sum().backward()
+    except RuntimeError as error:
+        return a.grad, str(error)
+    return a.grad, ""
+
+
+def test_gather_shares_no_gradient_and_has_no_second(ranks: Runner) -> None:
+    for rank, (gradient, refused) in enumerate(ranks(gathered_twice, ())):
+        # Each of two ranks has the gradient 2 (a + b) of its rows; their sum comes back.
+        assert gradient.tolist() == [2 * 2 * 2 * (rank + 1)]
+        assert refused
 
 
 def test_an_empty_global_batch_is_refused(ranks: Runner) -> None:

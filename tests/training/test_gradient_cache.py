@@ -155,3 +155,5 @@ def test_batch_norm_is_refused() -> None:
         refuse_batch_statistics(model, 4)
     refuse_batch_statistics(model.eval(), 4)
     refuse_batch_statistics(nn.Sequential(nn.GroupNorm(1, 2)), 4)
+    with pytest.raises(UserError, match="normalises over its batch"):
+        refuse_batch_statistics(nn.BatchNorm1d(3, track_running_stats=False).eval(), 4)
