@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medclip_lab.doctor import cpu_name, memory_gib
+from medclip_lab.doctor import commit, cpu_name, memory_gib
 from medclip_lab.errors import UserError
 from medclip_lab.evaluation.charts import BarRow, bar_rows
 from medclip_lab.files import atomic_file
@@ -162,6 +163,8 @@ def bench_losses(
         "batch": batch,
         "dim": dim,
         "device": device,
+        "commit": commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "threads": torch.get_num_threads(),
         "machine": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "memory_gib": memory_gib(),

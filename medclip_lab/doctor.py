@@ -4,6 +4,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import subprocess
 from importlib.metadata import PackageNotFoundError, distributions, requires, version
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,16 @@ def examine(folder: Path) -> dict[str, Any]:
         if "extra ==" not in requirement and _version(name) is None:
             problems.append(f"{name} is missing: install medclip_lab again")
     return facts | {"problems": problems}
+
+
+def commit() -> str | None:
+    """Of the checkout this runs from, with "-dirty" if files differ from it; None for an installed package."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    told = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 - our own words
+    return told.stdout.strip() or None
 
 
 def cpu_name() -> str:

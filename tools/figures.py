@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from medclip_lab.doctor import cpu_name, memory_gib
+from medclip_lab.doctor import commit, cpu_name, memory_gib
 from medclip_lab.inference.bundle import versions
 
 ROOT = Path(__file__).parents[1]
@@ -94,10 +94,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     facts = {
         "command": " ".join(["python", "tools/figures.py", args.what]),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": {"cpu": cpu_name(), "memory_gib": memory_gib(), "platform": platform.platform()},
         "versions": versions(),
