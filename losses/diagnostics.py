@@ -5,7 +5,7 @@ from torch import Tensor
 
 from medclip_lab import distributed
 from medclip_lab.losses import functional
-from medclip_lab.losses.base import check_rows
+from medclip_lab.losses.base import check_features, check_rows
 
 ROWS = 1024
 """Rows of pairs that are held at a time."""
@@ -34,51 +34,64 @@ def diagnose(
         the texts that stand in the batch more than once, if `text_ids` are given. If `paired`, "positive_logit" and
         "negative_logit": means over the pairs and over all others; "image_to_text_top1" and "text_to_image_top1":
         share of rows whose own partner scores highest, which ties count against.
+
+    Raises:
+        ValueError: tensors that do not fit each other, on any rank.
     """
-    if text_ids is not None:
-        check_rows("text_ids", text_ids, len(text_features), 1, text_features.device)
-    counts = distributed.agree(
-        [len(image_features), len(text_features)], f"diagnose {paired} {text_ids is not None}", image_features.device
-    )
+    problem = None
+    try:
+        check_features(image_features, text_features, logit_scale, logit_bias, paired)
+        if text_ids is not None:
+            check_rows("text_ids", text_ids, len(text_features), 1, text_features.device)
+    except ValueError as error:
+        problem = str(error)
+    what = f"diagnose {paired} {text_ids is not None}"
+    counts = distributed.agree([len(image_features), len(text_features)], what, image_features.device, problem)
     image_sizes, text_sizes = [row[0] for row in counts], [row[1] for row in counts]
-    images = distributed.gather(image_features.float(), image_sizes)
-    texts = distributed.gather(text_features.float(), text_sizes)
-    told = {"image_rank": effective_rank(images), "text_rank": effective_rank(texts)}
+    told = {"image_rank": effective_rank(image_features), "text_rank": effective_rank(text_features)}
     if text_ids is not None:
         ids = distributed.gather(text_ids, text_sizes)
         _, group, many = torch.unique(ids, return_inverse=True, return_counts=True)
         told["repeated_texts"] = ((many[group] > 1) & (ids >= 0)).float().mean()
     if not paired:
         return told
-    start, count = sum(image_sizes[: distributed.rank()]), len(images)
-    # Own rows against all others, both ways; the sums of the ranks are those of the batch.
-    sums = torch.zeros(4, dtype=torch.float64, device=images.device)
+    texts = distributed.gather(text_features.float(), text_sizes)
+    start, count = sum(image_sizes[: distributed.rank()]), len(texts)
+    # Own images against all texts; the best rival of every text is found among the images of all ranks.
+    sums = torch.zeros(3, dtype=torch.float64, device=texts.device)
+    pairs, rivals = (texts.new_full((count,), float("-inf")) for _ in range(2))
     for first in range(0, len(image_features), ROWS):
-        own = slice(start + first, min(start + first + ROWS, start + len(image_features)))
-        place = torch.arange(own.start, own.stop, device=images.device)
-        for side, (queries, gallery) in enumerate(((images, texts), (texts, images))):
-            scores = functional.logits(queries[own], gallery, logit_scale, logit_bias)
-            pairs = scores.gather(1, place[:, None])
-            if side == 0:
-                sums[0] += pairs.sum(dtype=torch.float64)
-                sums[1] += scores.sum(1).sum(dtype=torch.float64)
-            scores.scatter_(1, place[:, None], float("-inf"))
-            sums[2 + side] += (pairs[:, 0] > scores.amax(1)).sum()
-    pairs_sum, all_sum, to_text, to_image = distributed.all_sum(sums).float()
-    others = max(1, count * count - count)
+        images = image_features[first : first + ROWS].float()
+        place = torch.arange(start + first, start + first + len(images), device=texts.device)
+        scores = functional.logits(images, texts, logit_scale, logit_bias)
+        sums[1] += scores.sum(1).sum(dtype=torch.float64)
+        pairs[place] = own = scores.gather(1, place[:, None])[:, 0]
+        scores.scatter_(1, place[:, None], float("-inf"))
+        sums[0] += own.sum(dtype=torch.float64)
+        sums[2] += (own > scores.amax(1)).sum()
+        rivals = torch.maximum(rivals, scores.amax(0))
+    pairs_sum, whole_sum, to_text = distributed.all_sum(sums).float()
+    to_image = distributed.all_max(pairs) > distributed.all_max(rivals)
     return told | {
         "positive_logit": pairs_sum / count,
-        "negative_logit": (all_sum - pairs_sum) / others,
+        "negative_logit": (whole_sum - pairs_sum) / max(1, count * count - count),
         "image_to_text_top1": to_text / count,
-        "text_to_image_top1": to_image / count,
+        "text_to_image_top1": to_image.float().mean(),
     }
 
 
 def effective_rank(features: Tensor) -> Tensor:
-    """exp of the entropy of the normalised singular values of [N, D]; between 1 and min(N, D), NaN if not finite."""
-    if not bool(features.isfinite().all()):
-        return features.new_tensor(float("nan"))
-    values = torch.linalg.svdvals(features)
-    shares = values / values.sum()
-    rank: Tensor = torch.special.entr(shares).sum().exp()
+    """exp of the entropy of the normalised singular values of the features of all ranks; NaN if they are not finite.
+
+    Args:
+        features: [N, D] of this rank; the result is between 1 and D.
+    """
+    # The squares of the singular values are the eigenvalues of a D x D matrix that ranks can add up; float64, as a
+    # square root makes much of a small error.
+    wide = features.double()
+    squares = distributed.all_sum(wide.T @ wide)
+    if not bool(squares.isfinite().all()):
+        return features.new_tensor(float("nan"), dtype=torch.float32)
+    values = torch.linalg.eigvalsh(squares).clamp_min(0).sqrt()
+    rank: Tensor = torch.special.entr(values / values.sum()).sum().exp().float()
     return rank

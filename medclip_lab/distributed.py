@@ -124,6 +124,13 @@ def all_sum(value: Tensor) -> Tensor:
     return value
 
 
+def all_max(value: Tensor) -> Tensor:
+    """The largest of all ranks, element by element, in place; no gradient."""
+    if world_size() > 1:
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value
+
+
 def all_logsumexp(value: Tensor) -> Tensor:
     """log(sum over ranks of exp(value)), element by element; no gradient."""
     if world_size() == 1:
