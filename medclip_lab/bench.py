@@ -222,15 +222,16 @@ def draw_losses(result: dict[str, Any], path: Path) -> None:
     drawn: list[str] = [tag("style", STYLE)]
     top = MARGIN
     panels = (
-        ("Seconds, median", "median_seconds", lambda value: f"{value:.2f} s"),
-        ("Memory at the peak, beyond inputs and gradients", "peak_mib", lambda value: f"{value:,.0f} MiB"),
+        ("Seconds, median", "median_seconds", "{:.2f} s"),
+        ("Memory at the peak, beyond inputs and gradients", "peak_mib", "{:,.0f} MiB"),
     )
-    for head, key, say in panels:
+    for head, key, form in panels:
         rows = []
         for name, entry in result["losses"].items():
             for css, side, label in (("c1", "ours", name), ("c2", "peer", entry["peer"])):
                 value = entry[key][side]
-                rows.append(BarRow(name=label, parts=[(css, value, f"{label}: {say(value)}")], note=say(value)))
+                note = form.format(value)
+                rows.append(BarRow(name=label, parts=[(css, value, f"{label}: {note}")], note=note))
         if top == MARGIN:
             drawn.append(tag("text", title, x=MARGIN, y=top + 12, class_="head"))
             top += HEAD
