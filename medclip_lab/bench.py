@@ -126,11 +126,11 @@ def bench_losses(
     known = contests()
     chosen = list(only or known)
     if unknown := [name for name in chosen if name not in known]:
-        raise UserError(f"bench losses: no loss is named {', '.join(unknown)}; there are {', '.join(known)}")
+        raise UserError(f"no loss is named {', '.join(unknown)}; there are {', '.join(known)}")
     if min(batch, dim, repeats) < 1:
-        raise UserError(f"bench losses: sizes must be at least 1, got batch {batch}, dim {dim}, repeats {repeats}")
+        raise UserError(f"sizes must be at least 1, got batch {batch}, dim {dim}, repeats {repeats}")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"bench losses: no device {device!r} on this machine")
+        raise UserError(f"no device {device!r} on this machine")
     results: dict[str, Any] = {}
     for name in chosen:
         contest = known[name]
@@ -150,13 +150,13 @@ def bench_losses(
             "peer": contest.peer_name,
             "seconds": {side: [round(value, 4) for value in values] for side, values in seconds.items()},
             "median_seconds": {side: round(value, 4) for side, value in medians.items()},
-            "times_faster": round(medians["peer"] / medians["ours"], 2),
+            "speed_ratio": round(medians["peer"] / medians["ours"], 2),
             "peak_mib": memory,
             "memory_share": round(memory["ours"] / memory["peer"], 4) if memory["peer"] else None,
         }
         line = (
             f"{name}: {medians['ours']:.3g} s, {contest.peer_name} {medians['peer']:.3g} s "
-            f"({results[name]['times_faster']:.2f} times faster); {memory['ours']:.0f} and {memory['peer']:.0f} MiB"
+            f"({results[name]['speed_ratio']:.2f} times its speed); {memory['ours']:.0f} and {memory['peer']:.0f} MiB"
         )
         if say is not None:
             say(line)
