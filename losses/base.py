@@ -138,7 +138,6 @@ class PairLoss(nn.Module):
             check_names(type(self).__name__, inputs, self.inputs, self.optional_inputs)
             self.check_inputs(image_features, text_features, **inputs)
             if not torch.compiler.is_compiling():
-                _refuse_forward_mode(image_features, text_features, logit_scale, logit_bias)
                 self._warn_of_norms(image_features, text_features)
         except ValueError as error:
             problem = str(error)
@@ -163,6 +162,8 @@ class PairLoss(nn.Module):
             logit_scale = logit_scale.to(wide).clamp(*self.logit_scale_range)
         batch = Batch(image_features, text_features, logit_scale, logit_bias, inputs, image_sizes, text_sizes)
         dense = sum(image_sizes) * sum(text_sizes) <= DENSE_PAIRS if self.impl == "auto" else self.impl == "reference"
+        if not dense and not torch.compiler.is_compiling():
+            _refuse_forward_mode(image_features, text_features, logit_scale, logit_bias)
         terms = self._dense(batch) if dense else self.chunked(batch)
         for scalar in unused:
             terms["contrastive_loss"] = terms["contrastive_loss"] + 0 * scalar.reshape(())
@@ -221,7 +222,7 @@ def _refuse_forward_mode(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         # torch has no types for it
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
-            raise ValueError("the losses have no forward-mode derivative: use backward, or functional.py")
+            raise ValueError("the chunked losses have no forward-mode derivative: use impl='reference'")
 
 
 def agree_on(

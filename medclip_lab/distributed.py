@@ -30,7 +30,7 @@ def agree(counts: Sequence[int], what: str, device: torch.device, problem: str |
     """Every rank's `counts`, after all ranks have found that they are about to do the same thing.
 
     Args:
-        counts: as many on every rank.
+        counts: two at most, as many on every rank.
         what: a description of what is to be done, equal on all ranks.
         problem: what keeps this rank from doing it. To raise it here alone would leave the others waiting.
 
@@ -42,7 +42,9 @@ def agree(counts: Sequence[int], what: str, device: torch.device, problem: str |
             raise ValueError(problem)
         return [list(counts)]
     mark = int.from_bytes(hashlib.sha256(what.encode()).digest()[:8], "big", signed=True)
-    mine = torch.tensor([*counts, mark, problem is not None], dtype=torch.int64, device=device)
+    # Of one length, whatever each rank is about to do: else a disagreement would be a hang.
+    padded = [*counts, 0, 0][:2]
+    mine = torch.tensor([*padded, mark, problem is not None], dtype=torch.int64, device=device)
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, mine)
     rows: list[list[int]] = torch.stack(parts).tolist()
@@ -54,7 +56,7 @@ def agree(counts: Sequence[int], what: str, device: torch.device, problem: str |
                 raise ValueError(trouble if index == rank() else f"on rank {index}: {trouble}")
         other = next(index for index, (text, _) in enumerate(said) if text != said[0][0])
         raise ValueError(f"ranks disagree: rank 0 has {said[0][0]}; rank {other} has {said[other][0]}")
-    return [row[:-2] for row in rows]
+    return [row[: len(counts)] for row in rows]
 
 
 class _Gather(torch.autograd.Function):

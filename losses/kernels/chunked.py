@@ -201,8 +201,6 @@ class _Block:
     """Among the texts of all ranks."""
     images: Tensor
     texts: Tensor
-    first: bool
-    """No texts have been met with these images yet."""
     z: Tensor
     work: Tensor
     """As large as z, free for use."""
@@ -238,7 +236,7 @@ class _Pairs:
     def blocks(self, shift: Tensor | float | None, grads: "_Gradients | None") -> Iterator[_Block]:
         """Every block with its logits: scale times cosine plus `shift`; without a shift z is left as it is."""
         me = distributed.rank()
-        for number, (source, arrived) in enumerate(self._shares):
+        for source, arrived in self._shares:
             text = self._texts.setdefault(source, arrived.to(self.wide))
             offset = sum(self.sizes[:source])
             if grads is not None:
@@ -257,7 +255,6 @@ class _Pairs:
                     slice(offset, offset + len(text)),
                     own,
                     text,
-                    number == 0,
                     z,
                     work,
                     (row, row + start),
@@ -289,11 +286,7 @@ class _Gradients:
     def add(self, block: _Block, p: Tensor) -> None:
         """Add a block whose derivatives by the logits are `p`."""
         if self.image is not None:
-            own = self.image[block.rows]
-            if block.first:
-                torch.mm(p, block.texts, out=own)
-            else:
-                own.addmm_(p, block.texts)
+            self.image[block.rows].addmm_(p, block.texts)
         if self._text is not None:
             self._text.addmm_(p.T, block.images)
         if self.need_scalars and self.image is None and self._text is None:

@@ -205,8 +205,16 @@ def test_forward_mode_is_refused() -> None:
         loss: Tensor = SigLipLoss(impl="chunked")(**{**inputs.leaves, "image_features": images})
         return loss
 
+    step = (torch.ones(4, 8).double(),)
     with pytest.raises(ValueError, match="no forward-mode derivative"):
-        torch.func.jvp(value, (inputs.leaves["image_features"],), (torch.ones(4, 8).double(),))
+        torch.func.jvp(value, (inputs.leaves["image_features"],), step)
+
+    def dense(images: Tensor) -> Tensor:
+        loss: Tensor = SigLipLoss(impl="reference")(**{**inputs.leaves, "image_features": images})
+        return loss
+
+    _, tangent = torch.func.jvp(dense, (inputs.leaves["image_features"],), step)
+    assert tangent != 0
 
 
 def test_second_derivative_is_refused() -> None:

@@ -26,8 +26,10 @@ def test_ranks_that_disagree_are_told(ranks: Runner) -> None:
         (SigLipLoss(), "rank 0 has ClipLoss"),
         (ClipLoss(label_smoothing=0.1), "'label_smoothing': 0.1"),
         (ClipLoss(impl="chunked"), "'impl': 'chunked'"),
+        (MultiViewClipLoss(), "rank 0 has ClipLoss"),
     ):
-        messages = ranks(try_loss, ([ClipLoss(), other], [inputs, inputs]))
+        theirs = draw(other, 4, 8)
+        messages = ranks(try_loss, ([ClipLoss(), other], [inputs, theirs]))
         assert all("ranks disagree" in message and said in message for message in messages)
     for changed, said in ((inputs.to(torch.float32), "torch.float32"), (draw(ClipLoss(), 4, 6), "((6,),")):
         messages = ranks(try_loss, ([ClipLoss(), ClipLoss()], [inputs, changed]))
