@@ -31,6 +31,8 @@ class Batch(NamedTuple):
     image_sizes: list[int]
     """Images of every rank."""
     text_sizes: list[int]
+    kernels: Literal["chunked", "fused"] = "chunked"
+    """What works on blocks of pairs."""
 
 
 class PairLoss(nn.Module):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from medclip_lab.losses import functional
 from medclip_lab.losses.base import Batch, PairLoss, choose
-from medclip_lab.losses.kernels.chunked import softmax_pairs
+from medclip_lab.losses.kernels.operators import softmax_pairs
 
 
 class SoftmaxLoss(PairLoss):
@@ -52,6 +52,7 @@ class SoftmaxLoss(PairLoss):
             batch.text_sizes,
             sum(batch.image_sizes),
             self.chunk_size or 0,
+            batch.kernels,
             self.needs(batch),
             self.grad_reduction == "mean",
         )

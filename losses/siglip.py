@@ -9,7 +9,7 @@ from torch import Tensor
 from medclip_lab import distributed
 from medclip_lab.losses import functional
 from medclip_lab.losses.base import Batch, PairLoss, check_ids, id_inputs, ids_of, ids_of_all
-from medclip_lab.losses.kernels.chunked import siglip_pairs
+from medclip_lab.losses.kernels.operators import siglip_pairs
 
 
 class SigLipLoss(PairLoss):
@@ -71,6 +71,7 @@ class SigLipLoss(PairLoss):
             batch.text_sizes,
             sum(batch.image_sizes),
             self.chunk_size or 0,
+            batch.kernels,
             self.needs(batch),
             self.grad_reduction == "mean",
         )
