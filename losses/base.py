@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from medclip_lab import distributed
-from medclip_lab.losses import functional
+from medclip_lab.losses import functional, kernels
 
-Impl = Literal["auto", "reference", "chunked"]
+Impl = Literal["auto", "reference", "chunked", "fused"]
 DENSE_PAIRS = 2**20
 """Up to so many pairs of the global batch (4 MiB of logits) "auto" takes the reference."""
 NORM_TOLERANCE = 0.01
@@ -31,8 +31,8 @@ class Batch(NamedTuple):
     image_sizes: list[int]
     """Images of every rank."""
     text_sizes: list[int]
-    kernels: Literal["chunked", "fused"] = "chunked"
-    """What works on blocks of pairs."""
+    half: torch.dtype | None = None
+    """In which the fused kernels take the features; None: they do not."""
 
 
 class PairLoss(nn.Module):
@@ -43,9 +43,10 @@ class PairLoss(nn.Module):
 
     Args:
         impl: "reference" holds the matrix of all pairs; "chunked" forms value and gradients a block of pairs at a time,
-            keeps O(batch x dim) for the backward, and has no second derivative; "auto" takes the reference for small
-            batches.
-        chunk_size: images of a block; None fits the cache.
+            keeps O(batch x dim) for the backward, and has no second derivative; "fused" does the same in Triton kernels
+            on NVIDIA GPUs of compute capability 8.0 or above, for features of 16 bits or under autocast; "auto" takes
+            the reference for small batches, else the fastest that can be had.
+        chunk_size: images of a block; None fits the cache, or fills the GPU.
         grad_reduction: what happens to gradients between ranks afterwards: "mean", as DDP and FSDP do, or "sum".
         temperature: a fixed one, in place of the `logit_scale` the loss is called with, whose gradient is then 0.
         logit_scale_range: the scale is clamped to it. Outside, its gradient is 0: clamp the parameter after each step
@@ -71,7 +72,7 @@ class PairLoss(nn.Module):
         logit_scale_range: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        choose("impl", impl, ("auto", "reference", "chunked"))
+        choose("impl", impl, ("auto", "reference", "chunked", "fused"))
         choose("grad_reduction", grad_reduction, ("mean", "sum"))
         if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
             raise ValueError(f"chunk_size must be a whole number of at least 1, got {chunk_size}")
@@ -89,6 +90,7 @@ class PairLoss(nn.Module):
         self.logit_scale_range = None if logit_scale_range is None else tuple(logit_scale_range)
         self._calls = 0
         self._warned = False
+        self._told = False
 
     @overload
     def forward(
@@ -134,11 +136,12 @@ class PairLoss(nn.Module):
             ValueError: tensors that do not fit each other; an empty global batch; ranks that disagree on the loss, the
                 embed dim, the inputs or on which tower is frozen.
         """
-        problem = None
+        problem = half = lacking = None
         try:
             check_features(image_features, text_features, logit_scale, logit_bias, self.paired)
             check_names(type(self).__name__, inputs, self.inputs, self.optional_inputs)
             self.check_inputs(image_features, text_features, **inputs)
+            half, lacking = self._half(image_features, text_features, inputs)
             if not torch.compiler.is_compiling():
                 self._warn_of_norms(image_features, text_features)
         except ValueError as error:
@@ -150,7 +153,7 @@ class PairLoss(nn.Module):
             "logit_bias": logit_bias,
             **inputs,
         }
-        counts = agree_on(self, tensors, problem, [image_features, text_features])
+        counts = agree_on(self, tensors, problem, [image_features, text_features], {"fused in": half})
         image_sizes, text_sizes = [row[0] for row in counts], [row[1] for row in counts]
         if sum(image_sizes) == 0 or sum(text_sizes) == 0:
             raise ValueError(f"empty batch: {sum(image_sizes)} image_features, {sum(text_sizes)} text_features")
@@ -162,10 +165,13 @@ class PairLoss(nn.Module):
             logit_scale = torch.full((), 1 / self.temperature, dtype=wide, device=logit_scale.device)
         elif self.logit_scale_range is not None:
             logit_scale = logit_scale.to(wide).clamp(*self.logit_scale_range)
-        batch = Batch(image_features, text_features, logit_scale, logit_bias, inputs, image_sizes, text_sizes)
+        batch = Batch(image_features, text_features, logit_scale, logit_bias, inputs, image_sizes, text_sizes, half)
         dense = sum(image_sizes) * sum(text_sizes) <= DENSE_PAIRS if self.impl == "auto" else self.impl == "reference"
         if not dense and not torch.compiler.is_compiling():
             _refuse_forward_mode(image_features, text_features, logit_scale, logit_bias)
+            if lacking is not None and not self._told:
+                self._told = True
+                warnings.warn(f"{type(self).__name__} runs without its fused kernels: {lacking}", stacklevel=4)
         terms = self._dense(batch) if dense else self.chunked(batch)
         for scalar in unused:
             terms["contrastive_loss"] = terms["contrastive_loss"] + 0 * scalar.reshape(())
@@ -185,6 +191,27 @@ class PairLoss(nn.Module):
     def chunked(self, batch: Batch) -> dict[str, Tensor]:
         """The same without that matrix."""
         raise NotImplementedError
+
+    def _half(
+        self, images: Tensor, texts: Tensor, inputs: Mapping[str, Tensor]
+    ) -> tuple[torch.dtype | None, str | None]:
+        """The dtype in which fused kernels can take the features, or what keeps them from it.
+
+        Raises:
+            ValueError: they were asked for and cannot be had.
+        """
+        device = images.device.type
+        if self.impl not in ("auto", "fused") or (self.impl == "auto" and device == "cpu"):
+            return None, None
+        half = images.dtype if images.dtype == texts.dtype else None
+        if torch.float32 in (images.dtype, texts.dtype) and torch.is_autocast_enabled(device):
+            half = torch.get_autocast_dtype(device)
+        labels = max((value.shape[1] for name, value in inputs.items() if name.endswith("_labels")), default=0)
+        columns = 0 if torch.compiler.is_compiling() else len(texts)
+        lacking = kernels.missing(images.device, half, columns, labels)
+        if lacking is not None and self.impl == "fused":
+            raise ValueError(f"impl='fused': {lacking}")
+        return (half, None) if lacking is None else (None, lacking)
 
     def _dense(self, batch: Batch) -> dict[str, Tensor]:
         images = distributed.gather(batch.image_features, batch.image_sizes)
@@ -224,11 +251,15 @@ def _refuse_forward_mode(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         # torch has no types for it
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
-            raise ValueError("the chunked losses have no forward-mode derivative: use impl='reference'")
+            raise ValueError("the losses over blocks of pairs have no forward-mode derivative: use impl='reference'")
 
 
 def agree_on(
-    loss: nn.Module, tensors: Mapping[str, Any], problem: str | None, rows: Sequence[Any] = ()
+    loss: nn.Module,
+    tensors: Mapping[str, Any],
+    problem: str | None,
+    rows: Sequence[Any] = (),
+    more: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
     """Rows of every rank, after all ranks have found that they call the same loss on the same kind of tensors.
 
@@ -238,6 +269,7 @@ def agree_on(
             equal.
         problem: what is wrong on this rank.
         rows: tensors whose rows are counted.
+        more: what else must be equal.
 
     Raises:
         ValueError: on every rank, if one has a problem or they disagree.
@@ -250,7 +282,7 @@ def agree_on(
             if not name.startswith("_") and name not in ("training", "chunk_size")
         }
         kinds = {name: _kind(name, value) for name, value in tensors.items() if isinstance(value, Tensor)}
-        what = f"{type(loss).__name__} {settings} on {kinds}"
+        what = f"{type(loss).__name__} {settings | dict(more or {})} on {kinds}"
     device = next((value.device for value in tensors.values() if isinstance(value, Tensor)), torch.device("cpu"))
     counts = [0 for _ in rows] if problem is not None else [len(value) for value in rows]
     return distributed.agree(counts, what, device, problem)

@@ -71,7 +71,7 @@ class SigLipLoss(PairLoss):
             batch.text_sizes,
             sum(batch.image_sizes),
             self.chunk_size or 0,
-            batch.kernels,
+            batch.half,
             self.needs(batch),
             self.grad_reduction == "mean",
         )

@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--split", default="test", help="use val while anything is still being chosen")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--settings", nargs="*", default=[], help="overrides of the training config")
+    parser.add_argument("--settings", nargs=argparse.REMAINDER, default=[], help="last: overrides of the config")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -22,12 +22,18 @@ from medclip_lab.losses.kernels.pairs import Engine, Gradients, Pairs, Result
 from medclip_lab.losses.kernels.targets import EvenTarget, LabelTarget, Target
 
 
-def _engine(image: Tensor, text: Tensor, scale: Tensor, sizes: Sequence[int], chunk_size: int, kernels: str) -> Engine:
-    if kernels == "fused":
+def _pairs(
+    image: Tensor, text: Tensor, scale: Tensor, sizes: Sequence[int], chunk_size: int, half: torch.dtype | None
+) -> Pairs:
+    engine: Engine
+    if half is None:
+        engine = chunked.Engine(image, text, scale, sizes, chunk_size)
+    else:
         from medclip_lab.losses.kernels import fused  # Triton is not everywhere
 
-        return fused.Engine(image, text, scale, sizes, chunk_size)
-    return chunked.Engine(image, text, scale, sizes, chunk_size)
+        image, text = image.to(half), text.to(half)
+        engine = fused.Engine(image, scale, sizes, chunk_size)
+    return Pairs(engine, image, text, sizes)
 
 
 @torch.library.custom_op("medclip_lab::siglip_pairs", mutates_args=())
@@ -41,7 +47,7 @@ def siglip_pairs(
     sizes: list[int],
     count: int,
     chunk_size: int,
-    kernels: str,
+    half: torch.dtype | None,
     needs: list[bool],
     average: bool,
 ) -> Result:
@@ -52,15 +58,14 @@ def siglip_pairs(
         sizes: rows of each rank.
         count: what the sum over pairs is divided by.
         chunk_size: images of a block; 0 lets the kernels choose.
-        kernels: "chunked" or "fused".
+        half: bfloat16 or float16, in which the fused kernels take the features; None for the operations of torch.
         needs: whether gradients of images, of texts, of scale and bias are wanted.
         average: gradients are meant for an average over ranks, not for a sum.
     """
     with torch.autocast(image_ND.device.type, enabled=False):
-        engine = _engine(image_ND, text_ND, scale, sizes, chunk_size, kernels)
-        pairs = Pairs(engine, image_ND, text_ND, sizes)
+        pairs = _pairs(image_ND, text_ND, scale, sizes, chunk_size, half)
         grads = Gradients(pairs, needs)
-        formula = engine.sigmoid(bias, positive_ids, ignored_ids)
+        formula = pairs.engine.sigmoid(bias, positive_ids, ignored_ids)
         for block in pairs.blocks(grads):
             grads.add(block, *formula(block, not grads.none))
         return grads.result(scale, 0.0, 0.0, 1 / count, average)
@@ -80,7 +85,7 @@ def softmax_pairs(
     sizes: list[int],
     count: int,
     chunk_size: int,
-    kernels: str,
+    half: torch.dtype | None,
     needs: list[bool],
     average: bool,
 ) -> Result:
@@ -96,11 +101,11 @@ def softmax_pairs(
         weights: of the two directions.
         sizes: text rows of each rank.
         count: image rows of all ranks.
-        chunk_size, kernels, needs, average: as for `siglip_pairs`.
+        chunk_size, half, needs, average: as for `siglip_pairs`.
     """
     with torch.autocast(image_ND.device.type, enabled=False):
-        engine = _engine(image_ND, text_MD, scale, sizes, chunk_size, kernels)
-        pairs = Pairs(engine, image_ND, text_MD, sizes)
+        pairs = _pairs(image_ND, text_MD, scale, sizes, chunk_size, half)
+        engine = pairs.engine
         columns, rank, world = sum(sizes), distributed.rank(), distributed.world_size()
         # The loss is 1 / count times the sum of these over pairs.
         by_row, by_column = weights[0], weights[1] * count / columns

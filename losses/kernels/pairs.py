@@ -85,7 +85,7 @@ class Pairs:
 
     def __init__(self, engine: Engine, image: Tensor, text: Tensor, sizes: Sequence[int]) -> None:
         self.engine = engine
-        self.wide = functional.wide_dtype(image, text)
+        self.wide = functional.wide_dtype(image, text)  # of sums and gradients
         self.sizes = sizes
         self.dim = image.shape[1]
         # Contiguous, as the ranks add up each other's memory as it lies.
@@ -159,7 +159,9 @@ class Gradients:
             self._cosines += (self._text * self._texts).sum(1).sum(dtype=torch.float64)
         self._returns.send(owner, self._text)
 
-    def result(self, scale: Tensor, loss: Tensor | float, floor: Tensor | float, factor: float, average: bool) -> Result:
+    def result(
+        self, scale: Tensor, loss: Tensor | float, floor: Tensor | float, factor: float, average: bool
+    ) -> Result:
         """Sums of all ranks.
 
         Args:

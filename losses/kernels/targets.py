@@ -102,7 +102,8 @@ def places(image_ids_N: Tensor, text_ids_M: Tensor) -> tuple[Tensor, Tensor]:
 def count_same(image_ids_Nn: Tensor, text_ids_Mn: Tensor) -> tuple[Tensor, Tensor]:
     """int64 [N] and [M]: with how many texts an image shares an id of one kind at least, and the other way round."""
     many = len(text_ids_Mn)
-    in_row, in_column = (torch.zeros(len(ids), dtype=torch.int64, device=ids.device) for ids in (image_ids_Nn, text_ids_Mn))
+    sides = image_ids_Nn, text_ids_Mn
+    in_row, in_column = (torch.zeros(len(ids), dtype=torch.int64, device=ids.device) for ids in sides)
     kinds = [places(*pair) for pair in zip(image_ids_Nn.T.contiguous(), text_ids_Mn.T.contiguous(), strict=True)]
     # Those that share one of several kinds: with all that share one, less those that share two, and so on.
     for size in range(1, len(kinds) + 1):
@@ -137,7 +138,8 @@ class LabelTarget(Target):
     ) -> None:
         super().__init__(0.0, 0.0)
         self.images, self.texts = values[:2]
-        self.image_known, self.text_known = values[2:] if len(values) > 2 else (None, None)
+        known: Sequence[Tensor | None] = values[2:] or (None, None)
+        self.image_known, self.text_known = known
         self.similarity, self.temperature = similarity, temperature
         self.by_row, self.by_column = by_row, by_column
         # A softmax needs each distinct vector once, and how many rows have it.

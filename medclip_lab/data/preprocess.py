@@ -77,7 +77,10 @@ def stack(images: list[Tensor]) -> Tensor:
 
 @dataclass
 class AugmentConfig:
-    """Random changes of training images, drawn for each image. No flip: it swaps left and right, and reports say."""
+    """Random changes of training images, drawn for each image."""
+
+    flip: float = 0.0
+    """Share of images that are mirrored; only where texts and labels tell no side."""
 
     degrees: float = 0.0
     """Rotation, up to this many degrees either way."""
@@ -97,6 +100,9 @@ def augment(images: Tensor, config: AugmentConfig, generator: torch.Generator) -
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(len(images), generator=generator)
 
+    if config.flip:
+        mirrored = torch.rand(len(images), generator=generator) < config.flip
+        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
     if config.degrees or config.translate or tuple(config.scale) != (1.0, 1.0):
         angle = torch.deg2rad(uniform(-config.degrees, config.degrees))
         zoom = uniform(*config.scale)

@@ -212,7 +212,7 @@ def test_weighted_sum() -> None:
 @pytest.mark.parametrize(
     ("kind", "args", "said"),
     [
-        (ClipLoss, {"impl": "fast"}, "impl: one of 'auto', 'reference', 'chunked' expected, got 'fast'"),
+        (ClipLoss, {"impl": "fast"}, "impl: one of 'auto', 'reference', 'chunked', 'fused' expected, got 'fast'"),
         (ClipLoss, {"chunk_size": 0}, "chunk_size must be a whole number of at least 1, got 0"),
         (ClipLoss, {"chunk_size": 2.5}, "chunk_size must be a whole number of at least 1, got 2.5"),
         (WeightedSum, {"terms": {"loss": ClipLoss()}}, "'loss' is no name for a term"),
