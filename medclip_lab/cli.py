@@ -4,7 +4,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -373,12 +373,12 @@ def _bench(verbs: Verbs) -> None:
         _run_bench,
     )
     parser.add_argument("what", choices=["losses"], help="losses: forward and backward beside open_clip's")
-    parser.add_argument("--batch", type=int, default=8192, help="rows of features (default: 8192)")
-    parser.add_argument("--dim", type=int, default=768, help="embed dim (default: 768)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed repetitions of each (default: 5)")
+    parser.add_argument("--batch", type=int, default=None, help="rows of features (default: 8192; on a GPU several)")
+    parser.add_argument("--dim", type=int, default=None, help="embed dim (default: 768; on a GPU several)")
+    parser.add_argument("--device", default="cpu", help="cpu: float32; cuda: bfloat16 and the fused kernels")
+    parser.add_argument("--repeats", type=int, default=None, help="timed repetitions of each (default: 5; on a GPU 30)")
     parser.add_argument("--only", nargs="+", default=None, help="names of losses (default: all)")
-    parser.add_argument("--out", type=Path, default=None, help="file for the JSON; a drawing goes beside it")
+    parser.add_argument("--out", type=Path, default=None, help="file for the JSON; a drawing or a table goes beside it")
 
 
 def _run_bench(args: argparse.Namespace) -> None:
@@ -388,13 +388,34 @@ def _run_bench(args: argparse.Namespace) -> None:
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
-    result = bench.bench_losses(args.batch, args.dim, args.device, args.repeats, args.only, say)
+    if args.device == "cuda":
+        _bench_on_gpu(args, say)
+        return
+    result = bench.bench_losses(
+        args.batch or 8192, args.dim or 768, args.device, args.repeats or 5, args.only, say
+    )  # fmt: skip
     result = {"command": args.command, **result}
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, result)
         bench.draw_losses(result, args.out.with_suffix(".svg"))
     _say(args, result, "" if args.out is None else f"{args.out}\n{args.out.with_suffix('.svg')}")
+
+
+def _bench_on_gpu(args: argparse.Namespace, say: Callable[[str], None]) -> None:
+    from medclip_lab import gpu_bench
+    from medclip_lab.files import atomic_file, write_json
+
+    sizes = gpu_bench.Sizes.of(args.batch, args.dim, args.repeats, args.only or ())
+    result: dict[str, Any] = {"command": args.command}
+    result |= gpu_bench.measure(args.device, "fused", sizes, say, ("matrix_rate", "speed", "memory"))
+    table = gpu_bench.markdown(result)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, result)
+        with atomic_file(args.out.with_suffix(".md")) as temporary:
+            temporary.write_text(table + "\n", encoding="utf-8")
+    _say(args, result, table)
 
 
 def _doctor(verbs: Verbs) -> None:

@@ -4,7 +4,8 @@ A program forms the cosines [BM, BN] of a tile, turns them into what the loss wa
 nothing spills, and writes the slopes in 16 bits and its sums to a place of its own: no atomics, the same bits every
 time. Logits are in units of log 2, as the hardware's exponential is that of 2.
 
-On sm_90 tiles are loaded and stored through tensor descriptors (TMA), on older GPUs through pointers.
+On sm_90 tiles are loaded and stored through tensor descriptors (TMA), on older GPUs through pointers. Sizes that change
+from batch to batch are not specialized on: a ragged last batch compiles nothing.
 """
 
 import triton
@@ -204,7 +205,7 @@ def _sigmoid_part(
     return loss, cosine, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns", "pair", "image_stride", "text_stride"])
 def sigmoid_tile(
     image,
     text,
@@ -294,7 +295,7 @@ def _columns_part(
     return row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns", "pair"])
 def logsumexp_tile(
     image,
     text,
@@ -342,7 +343,7 @@ def logsumexp_tile(
     tl.store(row_sums + row_at, sums, mask=r < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "length"])
 def combine_stats(tops, sums, top_out, sum_out, tiles, length, BLOCK: tl.constexpr):
     """Maxima (float32 [length], in units of log 2) and sums above them (float64) of all tiles.
 
@@ -467,7 +468,7 @@ def _softmax_part(
     return wanted, cosine
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns", "pair", "image_stride", "text_stride"])
 def softmax_tile(
     image,
     text,

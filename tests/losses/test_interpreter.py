@@ -96,23 +96,21 @@ def test_frozen_scaled_and_without_gradients(name: str) -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("name", ["clip", "multi-positive", "soft", "siglip"])
-def test_learnt_pairs_keep_the_digits_of_their_gradient(name: str) -> None:
-    """At scale 100 the probability of a good pair is nearly 1, and what is left of it is the gradient."""
+def test_good_pairs_keep_the_digits_of_their_gradient() -> None:
+    """At scale 100 a log-sum-exp rounded to float32 would cost half a digit."""
     torch.manual_seed(0)
     texts = F.normalize(torch.randn(64, 64, dtype=torch.float64), dim=1)
-    images = F.normalize(texts + 0.13 * torch.randn(64, 64, dtype=torch.float64), dim=1)
-    inputs = draw(KINDS[name](), 64, 64)
-    scalars = {"logit_scale": torch.tensor(100.0).double(), "logit_bias": torch.tensor(-50.0).double()}
-    inputs.leaves.update(image_features=images, text_features=texts, **scalars)
+    images = F.normalize(texts + 0.25 * torch.randn(64, 64, dtype=torch.float64), dim=1)
+    inputs = draw(ClipLoss(), 64, 64)
+    inputs.leaves.update(image_features=images, text_features=texts, logit_scale=torch.tensor(100.0).double())
     inputs = rounded(inputs)
-    expected = outcome(KINDS[name](impl="reference"), inputs.to(torch.float64))
-    found = outcome(KINDS[name](impl="fused"), inputs, autocast=True)
-    dense = outcome(KINDS[name](impl="reference"), inputs)
-    for leaf in ("image_features", "text_features", "logit_scale"):
+    expected = outcome(ClipLoss(impl="reference"), inputs.to(torch.float64))
+    found = outcome(ClipLoss(impl="fused"), inputs, autocast=True)
+    dense = outcome(ClipLoss(impl="reference"), inputs)
+    for leaf in ("image_features", "text_features"):
         truth = expected.gradients[leaf]
         errors = [float((got.gradients[leaf].double() - truth).norm() / truth.norm()) for got in (found, dense)]
-        assert errors[0] <= 4 * errors[1] + 1e-5, (leaf, errors)
+        assert errors[0] <= 2 * errors[1] + 1e-7, (leaf, errors)
 
 
 @pytest.mark.usefixtures("small")
