@@ -5,18 +5,18 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from medclip_lab.config import load_config
-from medclip_lab.data.findings import CHEXPERT14
-from medclip_lab.data.shards import Manifest, Sample, write_shards
 from medclip_lab.losses.testing import Runner, processes
-from medclip_lab.training.export import export
-from medclip_lab.training.run import RunConfig, train
+
+# The rest is imported where it is used, so that the tests of the losses run where there is no more than torch.
+if TYPE_CHECKING:
+    from medclip_lab.data.shards import Manifest, Sample
+    from medclip_lab.training.run import RunConfig
 
 TOY_SPLITS = ("train", "train", "train", "val", "test")
 
@@ -27,8 +27,11 @@ def png(pixels: "np.ndarray[Any, Any]") -> bytes:
     return buffer.getvalue()
 
 
-def toy_samples(studies: int = 150, side: int = 40, seed: int = 0) -> Iterator[Sample]:
+def toy_samples(studies: int = 150, side: int = 40, seed: int = 0) -> Iterator["Sample"]:
     """Bright images say that the heart is enlarged: as easy as a task can be, so that a few steps learn it."""
+    from medclip_lab.data.findings import CHEXPERT14
+    from medclip_lab.data.shards import Sample
+
     rng = np.random.default_rng(seed)
     for number in range(studies):
         large = int(rng.random() < 0.5)
@@ -69,13 +72,18 @@ trainer: {steps: 30, precision: 32-true, log_every: 5, checkpoint_every: 10}
 
 
 @pytest.fixture(scope="session")
-def toy_shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+def toy_shards(tmp_path_factory: pytest.TempPathFactory) -> "Manifest":
+    from medclip_lab.data.shards import write_shards
+
     return write_shards(toy_samples(), tmp_path_factory.mktemp("toy") / "shards", "toy", samples_per_shard=16)
 
 
 @pytest.fixture(scope="session")
-def toy_config(tmp_path_factory: pytest.TempPathFactory, toy_shards: Manifest) -> Callable[..., RunConfig]:
+def toy_config(tmp_path_factory: pytest.TempPathFactory, toy_shards: "Manifest") -> "Callable[..., RunConfig]":
     """A function from output folder and overrides to a run config over the toy shards."""
+    from medclip_lab.config import load_config
+    from medclip_lab.training.run import RunConfig
+
     path = tmp_path_factory.mktemp("config") / "toy.yaml"
     path.write_text(TOY_CONFIG.replace("SHARDS", str(toy_shards.folder)))
 
@@ -87,12 +95,16 @@ def toy_config(tmp_path_factory: pytest.TempPathFactory, toy_shards: Manifest) -
 
 
 @pytest.fixture(scope="session")
-def toy_run(tmp_path_factory: pytest.TempPathFactory, toy_config: Callable[..., RunConfig]) -> Path:
+def toy_run(tmp_path_factory: pytest.TempPathFactory, toy_config: "Callable[..., RunConfig]") -> Path:
+    from medclip_lab.training.run import train
+
     return train(toy_config(tmp_path_factory.mktemp("toy") / "run"))
 
 
 @pytest.fixture(scope="session")
 def toy_bundle(toy_run: Path) -> Path:
+    from medclip_lab.training.export import export
+
     out = toy_run.parent / "bundle"
     export(toy_run, out, ["chexpert14"], "pytest")
     return out

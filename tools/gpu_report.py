@@ -32,7 +32,7 @@ def main() -> int:
         args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
         args.out.with_suffix(".md").write_text(gpu_bench.markdown(result) + "\n")
     print(gpu_bench.markdown(result))
-    wrong = [row for row in result.get("correctness", []) if not row["holds"]]
+    wrong = [row for row in result.get("correctness", []) if not row["right"]]
     wrong += [name for name, checks in result.get("behaviour", {}).items() if not all(checks.values())]
     return 1 if wrong else 0
 

@@ -167,7 +167,9 @@ class Engine:
         self._slopes: Tensor | None = None
 
     def prepare(self, features: Tensor) -> Tensor:
-        return F.pad(features.to(self.dtype), (0, -features.shape[1] % ALIGN)).contiguous()
+        short = -features.shape[1] % ALIGN
+        features = features.to(self.dtype)
+        return F.pad(features, (0, short)) if short else features.contiguous()
 
     def add_product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
         b = b.to(a.dtype)  # slopes need the range of bfloat16
@@ -264,8 +266,11 @@ class Engine:
         rows, columns = len(block.images), len(block.texts)
         shape = self.shapes["logsumexp"]
         high, wide = triton.cdiv(rows, shape.rows), triton.cdiv(columns, shape.columns)
-        row_tops, row_sums = torch.empty(2, wide, rows, dtype=torch.float32, device=self.device)
-        column_tops, column_sums = torch.empty(2, high, columns, dtype=torch.float32, device=self.device)
+        # Each of its own, so that each begins where vector loads want it whatever the sizes.
+        row_tops, row_sums, column_tops, column_sums = (
+            torch.empty(shape, dtype=torch.float32, device=self.device)
+            for shape in ((wide, rows), (wide, rows), (high, columns), (high, columns))
+        )
         own = self._sums("logsumexp", block, 1)
         self._launch(
             tiles.logsumexp_tile,
@@ -293,7 +298,8 @@ class Engine:
         top = torch.empty(length, dtype=torch.float32, device=self.device)
         total = torch.empty(length, dtype=torch.float64, device=self.device)
         with self._guard():
-            tiles.combine_stats[(triton.cdiv(length, 128),)](tops, sums, top, total, many, length, BLOCK=128)
+            programs = (triton.cdiv(length, 32),)
+            tiles.combine_stats[programs](tops, sums, top, total, many, length, BLOCK=32, num_warps=1)
         return top.double() / LOG2E + total.log()
 
     def softmax(

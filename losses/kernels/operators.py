@@ -169,7 +169,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
 @torch.library.custom_op("medclip_lab::pairs_gradient", mutates_args=())
 def _times(saved: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
     # Out of place, so that a second backward over a retained graph finds what the first one found.
-    return (saved * gradient).to(dtype)
+    return torch.mul(saved, gradient, out=torch.empty_like(saved, dtype=dtype))
 
 
 @_times.register_fake

@@ -19,6 +19,8 @@ from medclip_lab.losses import functional
 
 BLOCK_BYTES = 16 * 2**20
 """Of the block of pairs that is held at a time: it should stay in the last level of cache."""
+GPU_BLOCK_BYTES = 2**29
+"""The same on a GPU, where a launch costs more than a block that leaves the cache."""
 
 
 class Target:
@@ -164,7 +166,8 @@ class LabelTarget(Target):
     ) -> Iterator[tuple[slice, Tensor]]:
         """float64 similarities of distinct vectors over the temperature, some rows at a time."""
         (image_values, image_known), (text_values, text_known) = images, texts
-        step = max(1, BLOCK_BYTES // (8 * max(1, len(text_values))))
+        room = BLOCK_BYTES if image_values.device.type == "cpu" else GPU_BLOCK_BYTES
+        step = max(1, room // (8 * max(1, len(text_values))))
         for start in range(0, len(image_values), step):
             rows = slice(start, start + step)
             known = None if image_known is None else image_known[rows]
