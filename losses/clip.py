@@ -5,7 +5,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from medclip_lab.losses import functional
-from medclip_lab.losses.base import Batch, PairLoss, choose
+from medclip_lab.losses.base import Batch, PairLoss
+from medclip_lab.losses.checks import choose
 from medclip_lab.losses.kernels.operators import softmax_pairs
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from medclip_lab import distributed
 from medclip_lab.losses import functional
-from medclip_lab.losses.base import check_features, check_rows
+from medclip_lab.losses.checks import check_features, check_rows
 
 ROWS = 1024
 """Rows of pairs that are held at a time."""

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from medclip_lab import distributed
 from medclip_lab.losses import functional
-from medclip_lab.losses.base import Batch, check_ids, id_inputs, ids_of, ids_of_all
+from medclip_lab.losses.base import Batch, id_inputs, ids_of, ids_of_all
+from medclip_lab.losses.checks import check_ids
 from medclip_lab.losses.clip import SoftmaxLoss
 
 

@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from medclip_lab.losses.base import agree_on, check_names
+from medclip_lab.losses.base import agree_on
+from medclip_lab.losses.checks import check_names
 from medclip_lab.losses.clip import ClipLoss
 
 

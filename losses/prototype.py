@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from medclip_lab import distributed
 from medclip_lab.losses import functional
-from medclip_lab.losses.base import agree_on, check_features, check_names, check_rows, check_states, choose
+from medclip_lab.losses.base import agree_on
+from medclip_lab.losses.checks import check_features, check_names, check_rows, check_states, choose
 
 
 class PrototypeLoss(nn.Module):

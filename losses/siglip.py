@@ -8,7 +8,8 @@ from torch import Tensor
 
 from medclip_lab import distributed
 from medclip_lab.losses import functional
-from medclip_lab.losses.base import Batch, PairLoss, check_ids, id_inputs, ids_of, ids_of_all
+from medclip_lab.losses.base import Batch, PairLoss, id_inputs, ids_of, ids_of_all
+from medclip_lab.losses.checks import check_ids
 from medclip_lab.losses.kernels.operators import siglip_pairs
 
 

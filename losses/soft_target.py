@@ -8,7 +8,8 @@ from torch import Tensor
 
 from medclip_lab import distributed
 from medclip_lab.losses import functional
-from medclip_lab.losses.base import Batch, check_ids, check_rows, choose
+from medclip_lab.losses.base import Batch
+from medclip_lab.losses.checks import check_ids, check_rows, choose
 from medclip_lab.losses.clip import SoftmaxLoss
 
 State = float | Literal["ignore"]

@@ -10,6 +10,7 @@ import torch
 from medclip_lab import gpu_bench
 from medclip_lab.cli import main
 from medclip_lab.errors import UserError
+from medclip_lab.gpu_bench import accuracy, cases, timing
 
 QUICK = replace(gpu_bench.TINY, peers=(), only=("SigLipLoss", "ClipLoss"))
 
@@ -35,7 +36,7 @@ def test_rehearsal_has_every_part() -> None:
 
 @pytest.mark.parametrize("fault", ["value", "gradient", "scale", "nan"])
 def test_a_wrong_loss_is_told(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = gpu_bench.step
+    right = accuracy.step
 
     def wrong(loss, given, grad_output=1.0):  # type: ignore[no-untyped-def]
         value = right(loss, given, grad_output)
@@ -48,9 +49,9 @@ def test_a_wrong_loss_is_told(fault: str, monkeypatch: pytest.MonkeyPatch) -> No
             leaf.grad.mul_(1.01)
         return value
 
-    monkeypatch.setattr(gpu_bench, "step", wrong)
+    monkeypatch.setattr(accuracy, "step", wrong)
     sizes = replace(QUICK, correct=((40, 24),))
-    rows = gpu_bench.correctness(gpu_bench.Machine("cpu", "chunked"), sizes, quiet)
+    rows = accuracy.correctness(cases.Machine("cpu", "chunked"), sizes, quiet)
     assert not any(row["holds"] for row in rows)
 
 
@@ -62,9 +63,9 @@ def test_a_peer_that_is_missing_or_fails_is_told(monkeypatch: pytest.MonkeyPatch
         raise torch.OutOfMemoryError
 
     calls = {"open_clip": "not installed", "dense": fails, "large": full}
-    monkeypatch.setattr(gpu_bench, "peers", lambda: {"SigLipLoss": calls})
+    monkeypatch.setattr(timing, "peers", lambda: {"SigLipLoss": calls})
     sizes = replace(QUICK, peers=QUICK.speed, only=("SigLipLoss",))
-    (row,) = gpu_bench.speed(gpu_bench.Machine("cpu", "chunked"), sizes, quiet)
+    (row,) = timing.speed(cases.Machine("cpu", "chunked"), sizes, quiet)
     assert isinstance(row["seconds"].pop("ours"), dict)
     told = {"open_clip": "not installed", "dense": "RuntimeError: no kernel image", "large": "out of memory"}
     assert row["seconds"] == told
@@ -74,10 +75,10 @@ def test_a_peer_that_is_missing_or_fails_is_told(monkeypatch: pytest.MonkeyPatch
 
 def test_peers_compute_the_same() -> None:
     """A ratio between two different things would be none."""
-    machine = gpu_bench.Machine("cpu", "reference")
-    for name, calls in gpu_bench.peers().items():
-        given = gpu_bench.make_inputs(24, 16, machine, name, dtype=torch.float32)
-        ours = float(gpu_bench.step(gpu_bench.losses("reference")[name], given))
+    machine = cases.Machine("cpu", "reference")
+    for name, calls in timing.peers().items():
+        given = cases.make_inputs(24, 16, machine, name, dtype=torch.float32)
+        ours = float(cases.step(cases.losses("reference")[name], given))
         for peer in ("open_clip", "dense torch"):
             call = calls[peer]
             assert not isinstance(call, str)
@@ -92,7 +93,7 @@ def test_without_a_gpu_it_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_bad_settings_are_told() -> None:
     with pytest.raises(UserError, match="no loss is named Clip; there are SigLipLoss"):
-        gpu_bench.losses("chunked", ("Clip",))
+        cases.losses("chunked", ("Clip",))
     with pytest.raises(UserError, match="no part is named spede"):
         dict(gpu_bench.measure("cpu", "chunked", QUICK, quiet, ("spede",)))
     with pytest.raises(UserError, match="sizes must be at least 1, got batch 0"):

@@ -1,7 +1,7 @@
 """Measure the fused losses on this machine's GPU: right, fast, small? Under eight minutes; needs torch and Triton only.
 
     python tools/gpu_report.py --out benchmarks/gpu
-    python tools/gpu_report.py --device cpu --out /tmp/rehearsal      # tiny sizes: does the script itself run?
+    python tools/gpu_report.py --device cpu --out runs/rehearsal  # tiny sizes: does the script itself run?
 
 Writes OUT.json and OUT.md after every part, so that a run that is cut short leaves what it had.
 """

@@ -153,7 +153,6 @@ class Engine:
     sums_cosines = True
 
     def __init__(self, image: Tensor, scale: Tensor, sizes: Sequence[int], rows: int) -> None:
-        self.dtype = image.dtype
         self.device = image.device
         self.scale = scale.detach().float().reshape(1)
         level = capability(self.device)
@@ -161,14 +160,12 @@ class Engine:
         self.shapes = SHAPES[max(known for known in SHAPES if known <= level)]
         columns = max(*sizes, 1)
         count = 1 if self.device.type != "cuda" else torch.cuda.get_device_properties(self.device).multi_processor_count
-        dim = -(-image.shape[1] // ALIGN) * ALIGN
-        self.rows = rows or chunk_rows(len(image), columns, dim, count, lambda: _free(self.device))
+        self.rows = rows or chunk_rows(len(image), columns, image.shape[1], count, lambda: _free(self.device))
         self._wide = -(-columns // ALIGN) * ALIGN
         self._slopes: Tensor | None = None
 
     def prepare(self, features: Tensor) -> Tensor:
         short = -features.shape[1] % ALIGN
-        features = features.to(self.dtype)
         return F.pad(features, (0, short)) if short else features.contiguous()
 
     def add_product(self, out: Tensor, a: Tensor, b: Tensor) -> None:

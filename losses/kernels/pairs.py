@@ -45,8 +45,6 @@ at 0 and say so in `sums_cosines`."""
 class Engine(Protocol):
     """Does the arithmetic of blocks."""
 
-    dtype: torch.dtype
-    """Of the images and texts it takes."""
     rows: int
     """Images of a block."""
     sums_cosines: bool
@@ -121,7 +119,7 @@ class Gradients:
     """What the blocks add up to."""
 
     def __init__(self, pairs: Pairs, needs: Sequence[bool]) -> None:
-        need_image, need_text, self.need_scalars = needs
+        need_image, need_text, _ = needs
         self.none = not any(needs)
         self.pairs = pairs
         self.sums = pairs.zero(3)
