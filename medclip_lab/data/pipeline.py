@@ -23,11 +23,11 @@ from medclip_lab.data.order import epoch_of_studies, samples_per_rank
 from medclip_lab.data.preprocess import AugmentConfig, Preprocess, PreprocessConfig, augment, stack
 from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.shards import Manifest, Shard
+from medclip_lab.data.text import Rarity, TextConfig, draw_text
 from medclip_lab.data.tokenizer import Tokenizer
 from medclip_lab.errors import UserError
 
 Batch = dict[str, Any]
-Rarity = dict[tuple[str, int], float]
 
 
 @dataclass
@@ -47,31 +47,6 @@ class SourceConfig:
     def __post_init__(self) -> None:
         if self.weight <= 0 or not 0 <= self.balance <= 1:
             raise ValueError(f"weight must be positive and balance in [0, 1], got {self.weight} and {self.balance}")
-
-
-@dataclass
-class TextConfig:
-    """Which words of a study the text tower sees, drawn anew each time: relative frequencies."""
-
-    report: float = 1.0
-    """Findings and impression together."""
-    impression: float = 0.0
-    findings: float = 0.0
-    sentence: float = 0.0
-    """Sentences of the report, at random."""
-    sentences: int = 1
-    """How many sentences make one text, at most."""
-    denials: float = 1.0
-    """How often a sentence that only denies findings is taken, relative to the others. "No pneumothorax" stands in most
-    reports: below 1, what is there is read more often than what is not."""
-
-    def __post_init__(self) -> None:
-        if min(self.report, self.impression, self.findings, self.sentence) < 0 or self.sentences < 1:
-            raise ValueError("text: frequencies cannot be negative, and sentences must be at least 1")
-        if not 0 < self.denials <= 1:
-            raise ValueError(f"text: denials must be in (0, 1], got {self.denials}")
-        if self.report + self.impression + self.findings + self.sentence <= 0:
-            raise ValueError("text: one of report, impression, findings, sentence must be above 0")
 
 
 @dataclass
@@ -245,7 +220,10 @@ class BatchStream(IterableDataset[Batch]):
                 image_labels.append(self._vector(record.get("labels") or {}))
                 image_ids.append(record["study_id"])
                 patients.append(record["patient_id"])
-            text, labels = self._text(study, chance)
+            if self.training:
+                text, labels = draw_text(record, self.config.text, chance, study.get("rarity"))
+            else:
+                text, labels = record.get("text") or "", record.get("labels") or {}
             if text:
                 texts.append(text)
                 text_labels.append(self._vector(labels))
@@ -269,40 +247,6 @@ class BatchStream(IterableDataset[Batch]):
         values = (labels.get(name) for name in self.config.labels)
         return [math.nan if value is None else float(value) for value in values]
 
-    def _text(self, study: dict[str, Any], chance: random.Random) -> tuple[str, dict[str, int | None]]:
-        """One text of a study and the labels that this text states."""
-        record = study["json"]
-        report, labels = record.get("text") or "", record.get("labels") or {}
-        policy = self.config.text
-        if not self.training:
-            return report, labels
-        kinds = ("report", "impression", "findings", "sentence")
-        kind = chance.choices(kinds, [policy.report, policy.impression, policy.findings, policy.sentence])[0]
-        sentences = record.get("sentences") or []
-        if kind == "sentence" and sentences:
-            chosen = self._sentences(sentences, chance, study.get("rarity"))
-            return " ".join(sentence["text"] for sentence in chosen), _merge(chosen)
-        if kind in ("impression", "findings"):
-            return (record.get("sections") or {}).get(kind) or report, labels
-        return report, labels
-
-    def _sentences(
-        self, sentences: list[dict[str, Any]], chance: random.Random, rarity: Rarity | None
-    ) -> list[dict[str, Any]]:
-        """A random number of sentences in random order, without repetition."""
-
-        def weight(stated: dict[str, int]) -> float:
-            # A sentence that states nothing counts as the commonest one.
-            rare = max((rarity.get(item, 1.0) for item in stated.items()), default=1.0) if rarity else 1.0
-            denies = bool(stated) and not any(stated.values())
-            return rare * self.config.text.denials if denies else rare
-
-        number = min(len(sentences), chance.randint(1, self.config.text.sentences))
-        # The largest of u^(1/w) are a weighted sample without replacement (Efraimidis and Spirakis, 2006).
-        keys = [chance.random() ** (1 / weight(sentence["labels"])) for sentence in sentences]
-        order = sorted(range(len(sentences)), key=lambda index: -keys[index])
-        return [sentences[index] for index in order[:number]]
-
 
 def _take(stream: Iterator[dict[str, Any]], number: int) -> Iterator[dict[str, Any]]:
     for _ in range(number):
@@ -310,18 +254,6 @@ def _take(stream: Iterator[dict[str, Any]], number: int) -> Iterator[dict[str, A
         if study is None:
             return
         yield study
-
-
-def _merge(sentences: list[dict[str, Any]]) -> dict[str, int | None]:
-    """Labels of several sentences together: present over uncertain over absent."""
-    merged: dict[str, int | None] = {}
-    rank = {1: 2, -1: 1, 0: 0}
-    for sentence in sentences:
-        for name, value in sentence["labels"].items():
-            known = merged.get(name)
-            if known is None or rank[value] > rank[known]:
-                merged[name] = value
-    return merged
 
 
 def _rarity(manifest: Manifest, balance: float) -> Rarity:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from medclip_lab.data.pipeline import BatchStream, DataConfig, SourceConfig, TextConfig, loader, steps_per_epoch
+from medclip_lab.data.pipeline import BatchStream, DataConfig, SourceConfig, loader, steps_per_epoch
 from medclip_lab.data.preprocess import AugmentConfig, PreprocessConfig
 from medclip_lab.data.shards import Manifest, Sample, write_shards
+from medclip_lab.data.text import TextConfig
 from medclip_lab.errors import UserError
 
 from ..conftest import png, toy_samples

@@ -1,0 +1,31 @@
+"""What every verb has: help with an example, `--json`, `--debug`."""
+
+import argparse
+import json
+from typing import Any
+
+Verbs = Any  # argparse has no public name for what add_subparsers returns
+
+
+def add_verb(verbs: Verbs, name: str, help_text: str, example: str, run: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=help_text,
+        description=help_text[0].upper() + help_text[1:] + ".",
+        epilog=f"example:\n  medclip-lab {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON value on standard output")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def say(args: argparse.Namespace, value: Any, text: str) -> None:
+    print(json.dumps(value, ensure_ascii=False, default=str) if args.json else text)
+
+
+def add_max_bad(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-bad", type=float, default=0.01, help="share of unusable studies that stops it (default: 0.01)"
+    )

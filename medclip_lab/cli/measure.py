@@ -1,0 +1,82 @@
+"""Verbs that look at the machine: speed beside named peers, and what is installed."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from medclip_lab.cli.common import Verbs, add_verb, say
+
+
+def add_bench(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "bench",
+        "speed and memory beside named peers, on this machine",
+        "bench losses --batch 8192 --dim 768 --out benchmarks/losses.json",
+        _run_bench,
+    )
+    parser.add_argument("what", choices=["losses"], help="losses: forward and backward beside open_clip's")
+    parser.add_argument("--batch", type=int, default=None, help="rows of features (default: 8192; on a GPU several)")
+    parser.add_argument("--dim", type=int, default=None, help="embed dim (default: 768; on a GPU several)")
+    parser.add_argument("--device", default="cpu", help="cpu: float32; cuda: bfloat16 and the fused kernels")
+    parser.add_argument("--repeats", type=int, default=None, help="timed repetitions of each (default: 5; on a GPU 30)")
+    parser.add_argument("--only", nargs="+", default=None, help="names of losses (default: all)")
+    parser.add_argument("--out", type=Path, default=None, help="file for the JSON; a drawing or a table goes beside it")
+
+
+def _run_bench(args: argparse.Namespace) -> None:
+    from medclip_lab import bench
+    from medclip_lab.files import write_json
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    if args.device == "cuda":
+        _bench_on_gpu(args, tell)
+        return
+    result = bench.bench_losses(
+        args.batch or 8192, args.dim or 768, args.device, args.repeats or 5, args.only, tell
+    )  # fmt: skip
+    result = {"command": args.command, **result}
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, result)
+        bench.draw_losses(result, args.out.with_suffix(".svg"))
+    say(args, result, "" if args.out is None else f"{args.out}\n{args.out.with_suffix('.svg')}")
+
+
+def _bench_on_gpu(args: argparse.Namespace, tell: Callable[[str], None]) -> None:
+    from medclip_lab import gpu_bench
+    from medclip_lab.files import atomic_file, write_json
+
+    sizes = gpu_bench.Sizes.of(args.batch, args.dim, args.repeats, args.only or ())
+    result: dict[str, Any] = {"command": args.command}
+    result |= gpu_bench.measure(args.device, "fused", sizes, tell, ("matrix_rate", "speed", "memory"))
+    table = gpu_bench.markdown(result)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, result)
+        with atomic_file(args.out.with_suffix(".md")) as temporary:
+            temporary.write_text(table + "\n", encoding="utf-8")
+    say(args, result, table)
+
+
+def add_doctor(verbs: Verbs) -> None:
+    add_verb(verbs, "doctor", "versions, devices and what does not fit together", "doctor", _run_doctor)
+
+
+def _run_doctor(args: argparse.Namespace) -> int:
+    from medclip_lab.doctor import examine
+
+    facts = examine(Path.cwd())
+    lines = [f"{name:<18}{value}" for name, value in facts.items() if not isinstance(value, dict | list)]
+    lines += [f"{name:<18}{value or 'not installed'}" for name, value in facts["versions"].items()]
+    cuda = facts["torch"].get("cuda")
+    devices = ", ".join(device["name"] for device in facts["torch"].get("devices", [])) or "CPU only"
+    lines += [f"{'devices':<18}{devices} (torch built for {'CUDA ' + cuda if cuda else 'CPU'})"]
+    lines += [f"{'faiss':<18}{', '.join(f'{n} {v}' for n, v in facts['faiss'].items()) or 'none'}"]
+    lines += [f"problem: {problem}" for problem in facts["problems"]] or ["no problem found"]
+    say(args, facts, "\n".join(lines))
+    return 1 if facts["problems"] else 0

@@ -1,0 +1,145 @@
+"""Verbs of the model: train, export, evaluate, classify, and the demo of them all."""
+
+import argparse
+from pathlib import Path
+
+from medclip_lab.cli.common import Verbs, add_max_bad, add_verb, say
+from medclip_lab.errors import UserError
+
+
+def add_demo(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "demo",
+        "the main job on drawn phantoms: shards, training, evaluation, bundle, index, and a page to look at",
+        "demo --out demo",
+        _run_demo,
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything (default: demo)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other patients (default: 0)")
+    parser.add_argument("--studies", type=int, default=None, help="number of studies (default: 2400)")
+
+
+def _run_demo(args: argparse.Namespace) -> None:
+    from medclip_lab.demo import demo
+
+    result = demo(args.out, seed=args.seed, studies=args.studies, command=args.command)
+    say(args, result, result["summary"])
+
+
+def add_train(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "train",
+        "train from a config; called again, an interrupted run goes on",
+        "train --config configs/phantom.yaml --out runs/phantom --optim.lr=5e-4 --trainer.epochs=5",
+        _run_train,
+    )
+    parser.usage = "medclip-lab train --config FILE [--out DIR] [--settings] [--SECTION.NAME=VALUE ...]"
+    parser.add_argument("--config", type=Path, help="a YAML file, or the name of a shipped one")
+    parser.add_argument("--out", default=None, help="folder of the run")
+    parser.add_argument("--settings", action="store_true", help="list every setting with its default, and stop")
+
+
+def _run_train(args: argparse.Namespace) -> None:
+    from medclip_lab import config as configs
+    from medclip_lab.distributed import launched_world
+    from medclip_lab.training.run import RunConfig, diary, train
+
+    if args.settings:
+        configs.parser(RunConfig).print_help()
+        return
+    if args.config is None:
+        raise UserError("--config is missing: a YAML file, or the name of a shipped one (phantom, nih_openi_semantic)")
+    path = args.config
+    if not path.exists() and configs.shipped(f"{path}.yaml").exists():
+        path = configs.shipped(f"{path}.yaml")
+    overrides = [*args.overrides, f"--out={args.out}"] if args.out else args.overrides
+    run = train(configs.load_config(RunConfig, path, overrides))
+    if launched_world()[0] > 0:
+        return  # one rank speaks
+    last = [line for line in diary(run) if "loss" in line][-1]
+    say(args, {"run": str(run), **last}, f"{run}: step {last['step']}, loss {last['loss']:.4f}")
+
+
+def add_export(verbs: Verbs) -> None:
+    parser = add_verb(verbs, "export", "a finished run to a bundle", "export runs/phantom --out bundle", _run_export)
+    parser.add_argument("run_folder", metavar="run", type=Path, help="folder of a finished run")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
+    parser.add_argument("--labelset", nargs="*", default=["chexpert14"], help="label sets to carry")
+
+
+def _run_export(args: argparse.Namespace) -> None:
+    from medclip_lab.training.export import export
+
+    manifest = export(args.run_folder, args.out, args.labelset, args.command)
+    say(args, manifest, f"{args.out}: bundle {manifest['fingerprint'][:12]}, {len(manifest['files'])} files")
+
+
+def add_evaluate(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "evaluate",
+        "zero-shot AUROC with intervals and retrieval, on held-out studies",
+        "evaluate bundle shards --split test",
+        _run_evaluate,
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("shards", type=Path)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--labelset", default="chexpert14", help="shipped name or YAML file (default: chexpert14)")
+    parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws, by patient (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--blur", type=float, default=0.0, help="control: blur images by this share of their side")
+    parser.add_argument("--shuffle-labels", action="store_true", help="control: shuffle labels between studies")
+    parser.add_argument("--out", type=Path, default=None, help="write the results as JSON too")
+    add_max_bad(parser)
+
+
+def _run_evaluate(args: argparse.Namespace) -> None:
+    from medclip_lab.evaluation.protocol import blur, evaluate, summary
+    from medclip_lab.files import write_json
+    from medclip_lab.inference.encoder import load
+
+    if args.out and args.out.is_dir():
+        raise UserError(f"--out: {args.out} is a folder; name a JSON file")
+    result = evaluate(
+        load(args.bundle),
+        args.shards,
+        args.split,
+        args.labelset,
+        draws=args.draws,
+        seed=args.seed,
+        change=blur(args.blur) if args.blur else None,
+        control=args.shuffle_labels,
+        max_bad=args.max_bad,
+    )
+    if args.out:
+        write_json(args.out, result | {"command": args.command})
+    say(args, result, summary(result))
+
+
+def add_classify(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "classify",
+        "zero-shot scores of images, without any training on labels",
+        "classify bundle chest.png",
+        _run_classify,
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("images", type=Path, nargs="+")
+    parser.add_argument("--labelset", default="chexpert14", help="shipped name or YAML file (default: chexpert14)")
+
+
+def _run_classify(args: argparse.Namespace) -> None:
+    from medclip_lab.inference.encoder import load
+
+    rows = load(args.bundle).zero_shot_classifier(args.labelset).predict(args.images)
+    lines = []
+    for image, row in zip(args.images, rows, strict=True):
+        lines.append(f"{image}")
+        for name, value in sorted(row.items(), key=lambda item: -item[1]["score"]):
+            lines.append(f"  {value['score']:.3f}  {'#' * round(20 * value['score']):<20}  {name}")
+    lines.append("scores order images; they are not probabilities (the bundle is not calibrated)")
+    say(args, [{"image": str(i), "labels": r} for i, r in zip(args.images, rows, strict=True)], "\n".join(lines))
