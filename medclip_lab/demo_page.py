@@ -12,8 +12,9 @@ from PIL import Image
 
 import medclip_lab
 from medclip_lab.data.findings import NO_FINDING, PRESENT
+from medclip_lab.data.manifest import Manifest
 from medclip_lab.data.quarantine import Quarantine
-from medclip_lab.data.shards import Manifest, read_split
+from medclip_lab.data.reader import read_split
 from medclip_lab.doctor import cpu_name, memory_gib
 from medclip_lab.evaluation import page_data as pages
 from medclip_lab.evaluation.page import render_page
@@ -140,8 +141,8 @@ def _splits(manifest: Manifest) -> list[pages.SplitCounts]:
             pages.SplitCounts(
                 split=split,
                 studies=len(studies),
-                images=sum(len(study["images"]) for study in studies),
-                patients=len({study["json"]["patient_id"] for study in studies}),
+                images=sum(len(study.images) for study in studies),
+                patients=len({study.record["patient_id"] for study in studies}),
             )
         )
     return sorted(counts, key=lambda row: ("train", "val", "test").index(row.split))

@@ -15,7 +15,8 @@ from medclip_lab.losses.testing import Runner, processes
 
 # The rest is imported where it is used, so that the tests of the losses run where there is no more than torch.
 if TYPE_CHECKING:
-    from medclip_lab.data.shards import Manifest, Sample
+    from medclip_lab.data.manifest import Manifest
+    from medclip_lab.data.shards import Sample
     from medclip_lab.training.run import RunConfig
 
 TOY_SPLITS = ("train", "train", "train", "val", "test")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from medclip_lab.cli import build_parser, main
-from medclip_lab.data.shards import Manifest
+from medclip_lab.data.manifest import Manifest
 
 COMMON = {"--help", "--json", "--debug"}
 PREPARE = COMMON | {"--out", "--samples-per-shard", "--max-bad"}
@@ -201,9 +201,9 @@ def test_the_whole_way_by_commands(
 
 def toy_images(manifest: Manifest) -> Any:
     from medclip_lab.data.quarantine import Quarantine
-    from medclip_lab.data.shards import read_split
+    from medclip_lab.data.reader import read_split
 
-    return (study["images"][0][1] for study in read_split(manifest, "test", Quarantine(1)))
+    return (study.images[0][1] for study in read_split(manifest, "test", Quarantine(1)))
 
 
 def test_an_index_of_another_bundle_is_refused(

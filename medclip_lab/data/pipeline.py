@@ -7,27 +7,30 @@ A batch is a dict: "image" float32 [N, C, H, W] in [0, 1], "text" int64 [M, L], 
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from webdataset.filters import _shuffle as shuffle_buffer
 
 from medclip_lab.data.decode import DecodeError, decode_image
 from medclip_lab.data.findings import CHEXPERT14
-from medclip_lab.data.order import epoch_of_studies, samples_per_rank
+from medclip_lab.data.manifest import Manifest, Shard
+from medclip_lab.data.order import Place, Plan, Row, SourceOrder
 from medclip_lab.data.preprocess import AugmentConfig, Preprocess, PreprocessConfig, augment, stack
 from medclip_lab.data.quarantine import Quarantine
-from medclip_lab.data.shards import Manifest, Shard
+from medclip_lab.data.reader import BadSampleError, Reader, Study, labels_in
 from medclip_lab.data.text import Rarity, TextConfig, draw_text
 from medclip_lab.data.tokenizer import Tokenizer
 from medclip_lab.errors import UserError
 
 Batch = dict[str, Any]
+MAX_OPEN = 512
+"""Files that a loader process holds open, at most."""
 
 
 @dataclass
@@ -35,7 +38,8 @@ class SourceConfig:
     """One folder of shards."""
 
     shards: str
-    """Folder with `manifest.json`, as `medclip-lab prepare` writes it."""
+    """Folder with `manifest.json`, as `medclip-lab prepare` writes it, or a pattern of tars, "shards/{a,b}-*.tar"; of
+    this machine or elsewhere: https://, s3://, gs://."""
     split: str = "train"
     """Or several, "train+val": once every setting is chosen, the validation patients may train too."""
     weight: float = 1.0
@@ -43,6 +47,9 @@ class SourceConfig:
     balance: float = 0.0
     """How much rare labels are favoured: a study is drawn as often as the commonest label, over its own rarest present
     one, to this power. 0 takes studies as they come, 1 gives all labels the same share. Sentences are chosen alike."""
+
+    replacement: bool = False
+    """Draw studies anew for each place of a window, so that some come twice in an epoch and some not at all."""
 
     def __post_init__(self) -> None:
         if self.weight <= 0 or not 0 <= self.balance <= 1:
@@ -56,14 +63,18 @@ class DataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """By name. The first one sets the length of an epoch; the others go round at their own pace."""
     batch_size: int = 64
-    """Studies of a batch on each rank, over all sources."""
+    """Studies of a global batch, over all ranks and sources: a run is the same on any number of ranks."""
     labels: list[str] = field(default_factory=lambda: list(CHEXPERT14))
     """Names of the label columns, in order."""
     text: TextConfig = field(default_factory=TextConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    shuffle_size: int = 2048
-    """Studies in the buffer that mixes shards."""
+    shuffle_size: int = 10_000
+    """Studies of a lane that are shuffled together."""
+    lanes: int = 1
+    """Stretches of an epoch that are read side by side, each for rows of its own; they divide the batch size. A rank
+    reads from the shards of its own lanes only: on many ranks, take as many as the most there will be. `medclip-lab
+    shards plan` shows what that means. Another number is another order."""
     workers: int = 1
     """Loader processes of each rank; 0 decodes in the training process. The order does not depend on it."""
     max_bad: float = 0.01
@@ -82,46 +93,57 @@ class DataConfig:
             )
         if self.batch_size < 2:
             raise ValueError(f"data.batch_size must be at least 2, got {self.batch_size}")
-
-    def shares(self) -> dict[str, int]:
-        """Studies of each source in a batch, by largest remainder."""
-        total = sum(source.weight for source in self.sources.values())
-        exact = {name: self.batch_size * source.weight / total for name, source in self.sources.items()}
-        shares = {name: math.floor(value) for name, value in exact.items()}
-        for name in sorted(exact, key=lambda name: shares[name] - exact[name])[
-            : self.batch_size - sum(shares.values())
-        ]:
-            shares[name] += 1
-        if min(shares.values()) == 0:
-            raise UserError(f"data: batch_size {self.batch_size} is too small to hold a study of every source")
-        return shares
+        if self.lanes < 1 or self.batch_size % self.lanes:
+            raise ValueError(f"data.lanes must divide batch_size {self.batch_size}, got {self.lanes}")
 
 
-def steps_per_epoch(config: DataConfig, world_size: int, seed: int) -> int:
-    """Batches in one pass over the first source.
+def steps_per_epoch(config: DataConfig) -> int:
+    """Batches in one pass over the first source, on any number of ranks.
 
     Raises:
         UserError: a source is missing or too small for one batch.
     """
-    name, source = next(iter(config.sources.items()))
-    shards = Manifest.load(source.shards).of_split(source.split)
-    available, share = samples_per_rank(shards, 0, world_size, seed), config.shares()[name]
-    if available < share:
+    name = next(iter(config.sources))
+    epochs = _epochs_per_batch(config)
+    if epochs[name] > 1:
         raise UserError(
-            f"data.sources.{name}: {available} studies a rank in split {source.split!r} do not fill a batch of "
-            f"{share}: lower data.batch_size"
+            f"data.sources.{name}: too few studies in split {config.sources[name].split!r} to fill a batch of "
+            f"{config.batch_size}: lower data.batch_size"
         )
-    return available // share
+    return int(1 / epochs[name])
+
+
+def steps_once(config: DataConfig, world_size: int) -> int:
+    """Batches until the first source is through, with a last short one if it has a row for every rank."""
+    whole = 1 / max(_epochs_per_batch(config).values())
+    left = round(config.batch_size * (whole % 1))
+    steps = int(whole) + (left >= max(world_size, 1))
+    if not steps:
+        raise UserError(f"data: too few studies to validate on {world_size} ranks")
+    return steps
+
+
+def _epochs_per_batch(config: DataConfig) -> dict[str, float]:
+    """The part of each source that a batch takes."""
+    total = sum(source.weight for source in config.sources.values())
+    return {
+        name: config.batch_size * source.weight / total / Manifest.load(source.shards).count(source.split)
+        for name, source in config.sources.items()
+    }
 
 
 class BatchStream(IterableDataset[Batch]):
     """The batches `start` to `steps` of one rank, the same for any number of loader processes.
 
-    Every loader process reads all studies of the rank and decodes its own batches only: reading is cheap, and so the
-    order is the same whoever does the work.
+    What a row of a global batch is depends on the seed, the step and the number of the row alone: which study, which of
+    its images and sentences, how it is augmented. Ranks and loader processes divide the work and change nothing.
 
     Args:
-        training: random order, random views and sentences, augmentation; else the first of each, in shard order.
+        training: random order, random views and sentences, augmentation, and in place of a sample that cannot be used
+            the next one, so that every batch is whole; else the first of each, in shard order, and bad ones left out.
+
+    Raises:
+        UserError: a source is missing, or too small for its lanes; fewer rows than ranks.
     """
 
     def __init__(
@@ -138,26 +160,45 @@ class BatchStream(IterableDataset[Batch]):
         quarantine_path: Path | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.tokenizer = tokenizer
-        self.steps = steps
-        self.start = start
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.training = training
-        self.shares = config.shares()
+        self.config, self.tokenizer, self.training = config, tokenizer, training
+        self.steps, self.start, self.seed = steps, start, seed
+        self.rank, self.world_size = rank, world_size
+        if config.batch_size < world_size:
+            raise UserError(f"data.batch_size is {config.batch_size}: {world_size} ranks need a row each")
         self.preprocess = Preprocess(config.preprocess)
+        manifests = {name: Manifest.load(source.shards) for name, source in config.sources.items()}
         self.shards: dict[str, tuple[Shard, ...]] = {
-            name: Manifest.load(source.shards).of_split(source.split) for name, source in config.sources.items()
+            name: manifests[name].of_split(source.split) for name, source in config.sources.items()
         }
-        total = sum(shard.samples for shards in self.shards.values() for shard in shards)
-        self.quarantine = Quarantine(total, config.max_bad, quarantine_path)
+        self.quarantines = {
+            name: Quarantine(sum(shard.samples for shard in shards), config.max_bad, quarantine_path, name)
+            for name, shards in self.shards.items()
+        }
         self.rarity = {
-            name: _rarity(Manifest.load(source.shards), source.balance)
+            name: rarity_of(manifests[name], source.balance)
             for name, source in config.sources.items()
-            if source.balance
+            if source.balance and training
         }
+        orders = {name: self._order(name) for name in self.shards}
+        weights = [source.weight for source in config.sources.values()]
+        self.plan = Plan(orders, weights, config.batch_size, seed, once=not training)
+
+    def _order(self, name: str) -> SourceOrder:
+        shards, source = self.shards[name], self.config.sources[name]
+        weights = None
+        if name in self.rarity:
+            quarantine = Quarantine(sum(shard.samples for shard in shards), 1.0)  # the ceiling is for what is read
+            rarity = self.rarity[name]
+            weights = [
+                np.array([copies(labels, rarity) for labels in labels_in(shard, quarantine)]) for shard in shards
+            ]
+        counts = [shard.samples for shard in shards]
+        window = self.config.shuffle_size if self.training else 0
+        lanes = self.config.lanes if self.training else 1
+        try:
+            return SourceOrder(counts, name, self.seed, lanes, window, source.replacement and self.training, weights)
+        except ValueError as error:
+            raise UserError(f"data.sources.{name}: {error}: lower data.lanes") from None
 
     def __len__(self) -> int:
         # Of the whole run: Lightning counts the batches before a resume too, and ends an epoch by this length.
@@ -166,97 +207,107 @@ class BatchStream(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        streams = {name: self._studies(name) for name in self.shards}
-        # A source's own cursor, not one queue, so that each batch has the share of each source exactly.
-        for step in range(self.steps):
-            studies = [study for name, stream in streams.items() for study in _take(stream, self.shares[name])]
-            mine = step >= self.start and (step - self.start) % workers == worker
-            if mine and studies:
-                yield self.batch(studies, step)
+        for quarantine in self.quarantines.values():
+            quarantine.share = 1 / (workers * self.world_size)
+        readers = {
+            name: Reader(shards, self.quarantines[name], self._open_shards(name))
+            for name, shards in self.shards.items()
+        }
+        for step in range(self.start + worker, self.steps, workers):
+            yield self.batch(self.plan.rows(step, self.rank, self.world_size), step, readers)
+        for reader in readers.values():
+            reader.close()
 
-    def _studies(self, name: str) -> Iterator[dict[str, Any]]:
-        epoch = 0
-        while True:
-            size = self.config.shuffle_size if self.training else 0
-            studies = epoch_of_studies(
-                self.shards[name], epoch, self.rank, self.world_size, self.seed, self.quarantine, size
-            )
-            if not self.training:
-                yield from studies
-                return
-            yield from self._balanced(name, studies, epoch) if name in self.rarity else studies
-            epoch += 1
+    def _open_shards(self, name: str) -> int:
+        """As many as the windows of this rank's lanes meet, and those of the next."""
+        order, lanes = self.plan.orders[name], self.plan.lanes_of(self.rank, self.world_size)
+        met = sum(len(order.shards_of(0, lane, 0)) + 1 for lane in lanes)
+        return min(max(2 * met, 16), MAX_OPEN)
 
-    def _balanced(self, name: str, studies: Iterator[dict[str, Any]], epoch: int) -> Iterator[dict[str, Any]]:
-        """Studies with rare labels several times, mixed again so that their copies do not follow each other."""
-        chance = random.Random(f"balance {name} {self.seed} {self.rank} {epoch}")
-        rarity = self.rarity[name]
-
-        def copies() -> Iterator[dict[str, Any]]:
-            for study in studies:
-                labels = study["json"].get("labels") or {}
-                times = max((rarity[label, 1] for label, value in labels.items() if value == 1), default=1.0)
-                for _ in range(int(times) + (chance.random() < times % 1)):
-                    yield study | {"rarity": rarity}
-
-        size = self.config.shuffle_size
-        yield from shuffle_buffer(copies(), bufsize=size, initial=size, rng=chance)
-
-    def batch(self, studies: list[dict[str, Any]], step: int) -> Batch:
-        """Decode, augment and tokenize the studies of a step; unusable images are quarantined and left out."""
-        chance = random.Random(f"batch {self.seed} {self.rank} {step}")
+    def batch(self, rows: list[Row], step: int, readers: dict[str, Reader]) -> Batch:
+        """Read, decode, augment and tokenize the rows of a step that are this rank's."""
         images: list[Tensor] = []
-        image_labels, image_ids, patients = [], [], []
+        image_labels, image_ids, patients, seeds = [], [], [], []
         texts, text_labels, text_ids = [], [], []
-        for study in studies:
-            record = study["json"]
-            if study["images"]:
-                suffix, data = chance.choice(study["images"]) if self.training else study["images"][0]
-                try:
-                    images.append(self.preprocess(decode_image(data, suffix)))
-                except DecodeError as error:
-                    self.quarantine.add(study["__shard__"], study["__key__"], "unreadable image", str(error))
-                    continue  # without its image the text would shift every later pair by a row
-                image_labels.append(self._vector(record.get("labels") or {}))
-                image_ids.append(record["study_id"])
-                patients.append(record["patient_id"])
-            if self.training:
-                text, labels = draw_text(record, self.config.text, chance, study.get("rarity"))
+        for row in rows:
+            chance = random.Random(f"row {self.seed} {step} {row.number}")
+            for study in self._studies(row, readers):
+                if not study.images:
+                    break
+                image = self._image(study, chance, self.quarantines[row.source])
+                if image is not None:
+                    images.append(image)
+                    image_labels.append(self._vector(study.record.get("labels") or {}))
+                    image_ids.append(study.record["study_id"])
+                    patients.append(study.record["patient_id"])
+                    seeds.append(chance.getrandbits(48))
+                    break
             else:
-                text, labels = record.get("text") or "", record.get("labels") or {}
+                continue  # nothing usable stands here; its text alone would shift every later pair by a row
+            if self.training:
+                text, labels = draw_text(study.record, self.config.text, chance, self.rarity.get(row.source))
+            else:
+                text, labels = study.record.get("text") or "", study.record.get("labels") or {}
             if text:
                 texts.append(text)
                 text_labels.append(self._vector(labels))
-                text_ids.append(record["study_id"])
+                text_ids.append(study.record["study_id"])
         if self.config.control == "shuffled_pairs":
             # A shift by a random amount: no text keeps its own image, and each is still used once.
-            shift = chance.randrange(1, max(len(texts), 2))
+            shift = random.Random(f"pairs {self.seed} {step}").randrange(1, max(len(texts), 2))
             texts, text_labels = texts[shift:] + texts[:shift], text_labels[shift:] + text_labels[:shift]
         batch: Batch = {"image_id": image_ids, "text_id": text_ids, "patient_id": patients}
         if images:
             pixels = stack(images)
             if self.training:
-                generator = torch.Generator().manual_seed(chance.getrandbits(48))
-                pixels = augment(pixels, self.config.augment, generator)
+                generators = (torch.Generator().manual_seed(seed) for seed in seeds)
+                pairs = zip(pixels.split(1), generators, strict=True)
+                pixels = torch.cat([augment(image, self.config.augment, generator) for image, generator in pairs])
             batch |= {"image": pixels, "image_labels": torch.tensor(image_labels)}
         if texts:
             batch |= {"text": self.tokenizer(texts), "text_labels": torch.tensor(text_labels)}
         return batch
+
+    def _studies(self, row: Row, readers: dict[str, Reader]) -> Iterator[Study]:
+        """The study of a row; in training then those that stand in for it, one after the other, if it is bad."""
+        shards, quarantine = self.shards[row.source], self.quarantines[row.source]
+        quarantine.seen += 1
+        unreadable: set[int] = set()
+        for place in _onwards(row.place, shards) if self.training else [row.place]:
+            if place.shard in unreadable:
+                continue
+            try:
+                yield readers[row.source].study(*place)
+            except BadSampleError as error:
+                quarantine.add(shards[place.shard].name, error.key, *error.fault)
+                if error.fault.cause == "unreadable shard":
+                    unreadable.add(place.shard)
+
+    def _image(self, study: Study, chance: random.Random, quarantine: Quarantine) -> Tensor | None:
+        """One image of a study: the first, in training any that can be decoded."""
+        order = chance.sample(study.images, len(study.images)) if self.training else study.images[:1]
+        for suffix, data in order:
+            try:
+                return self.preprocess(decode_image(data, suffix))
+            except DecodeError as error:
+                quarantine.add(study.shard, study.key, "unreadable image", str(error))
+        return None
 
     def _vector(self, labels: dict[str, int | None]) -> list[float]:
         values = (labels.get(name) for name in self.config.labels)
         return [math.nan if value is None else float(value) for value in values]
 
 
-def _take(stream: Iterator[dict[str, Any]], number: int) -> Iterator[dict[str, Any]]:
-    for _ in range(number):
-        study = next(stream, None)
-        if study is None:
-            return
-        yield study
+def _onwards(place: Place, shards: Sequence[Shard]) -> Iterator[Place]:
+    """A place and all others: round the rest of its shard first, then the shards that follow."""
+    for turn in range(len(shards)):
+        shard = (place.shard + turn) % len(shards)
+        many = shards[shard].samples
+        first = place.sample if turn == 0 else 0
+        yield from (Place(shard, (first + number) % many) for number in range(many))
 
 
-def _rarity(manifest: Manifest, balance: float) -> Rarity:
+def rarity_of(manifest: Manifest, balance: float) -> Rarity:
     """(count of the commonest / count of this) to the power of `balance`, for each label and state of a manifest."""
     counts = {
         (name, int(state)): count
@@ -266,6 +317,11 @@ def _rarity(manifest: Manifest, balance: float) -> Rarity:
     }
     commonest = max(counts.values(), default=1)
     return {item: (commonest / count) ** balance for item, count in counts.items()}
+
+
+def copies(labels: dict[str, int], rarity: Rarity) -> float:
+    """How often a study comes in an epoch: as often as its rarest present label asks for."""
+    return max((rarity.get((label, 1), 1.0) for label, state in labels.items() if state == 1), default=1.0)
 
 
 def loader(stream: BatchStream) -> DataLoader[Batch]:

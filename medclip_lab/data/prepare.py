@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from medclip_lab import progress
+from medclip_lab.data.manifest import MANIFEST, Manifest
 from medclip_lab.data.quarantine import Quarantine
-from medclip_lab.data.shards import LEFT_BEHIND, MANIFEST, Manifest, Sample, write_shards
+from medclip_lab.data.shards import LEFT_BEHIND, Sample, write_shards
 from medclip_lab.errors import UserError
 from medclip_lab.files import digest, read_json
 

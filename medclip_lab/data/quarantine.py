@@ -1,6 +1,7 @@
 """Bad data is counted by cause and listed, never dropped in silence; past a ceiling the run stops."""
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -14,12 +15,20 @@ class Quarantine:
         total: number of samples the ceiling refers to.
         ceiling: largest share of `total` that may be bad; one bad sample is always allowed.
         path: the list; appended to a line at a time, so that several loader processes may share it.
+        source: stands in every line, if there are several.
+
+    Attributes:
+        share: of `total` that this process reads; the ceiling is that of its share.
+        seen: samples that were read so far. In later epochs a process meets what others had before.
     """
 
-    def __init__(self, total: int, ceiling: float = 0.01, path: Path | None = None) -> None:
+    def __init__(self, total: int, ceiling: float = 0.01, path: Path | None = None, source: str = "") -> None:
         self.total = total
         self.ceiling = ceiling
         self.path = path
+        self.source = source
+        self.share = 1.0
+        self.seen = 0
         self.causes: Counter[str] = Counter()
         self._listed: set[tuple[str, str, str]] = set()
 
@@ -33,11 +42,16 @@ class Quarantine:
             return
         self.causes[cause] += count
         bad = sum(self.causes.values())
-        if bad > max(1, int(self.ceiling * self.total)):
+        met = min(self.total, max(self.share * self.total, self.seen))
+        allowed = self.ceiling * met
+        if self.share < 1:
+            allowed += 3 * math.sqrt(allowed)  # a part has its luck: three standard deviations of a Poisson count
+        if bad > max(1, int(allowed)):
+            of = f" of source {self.source}" if self.source else ""
             where = f", listed in {self.path}" if self.path else ""
             causes = ", ".join(f"{n} {cause}" for cause, n in self.causes.most_common())
             raise UserError(
-                f"{bad} of {self.total} samples are unusable ({causes}), more than the ceiling of "
+                f"{bad} of {round(met)} samples{of} are unusable ({causes}), more than the ceiling of "
                 f"{self.ceiling:.1%}{where}: mend the data or raise max_bad"
             )
 
@@ -49,7 +63,8 @@ class Quarantine:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"shard": shard, "key": key, "cause": cause, "reason": reason}) + "\n")
+                line = {"source": self.source} if self.source else {}
+                file.write(json.dumps(line | {"shard": shard, "key": key, "cause": cause, "reason": reason}) + "\n")
         return True
 
     def summary(self) -> str:

@@ -12,8 +12,9 @@ from PIL import Image, ImageFilter
 from medclip_lab import progress
 from medclip_lab.data.decode import DecodeError, decode_image
 from medclip_lab.data.findings import ABSENT, PRESENT
+from medclip_lab.data.manifest import Manifest
 from medclip_lab.data.quarantine import Quarantine
-from medclip_lab.data.shards import Manifest, read_split
+from medclip_lab.data.reader import read_split
 from medclip_lab.errors import UserError
 from medclip_lab.evaluation.metrics import auroc, interval, patient_weights, retrieval, weighted_auroc
 from medclip_lab.files import digest
@@ -67,15 +68,15 @@ def encode_split(
 
     def images() -> Iterator[Image.Image]:
         for study in progress.track(read_split(manifest, split, quarantine), f"encode {split}", total):
-            if not study["images"]:
+            if not study.images:
                 continue
-            suffix, data = study["images"][0]
+            suffix, data = study.images[0]
             try:
                 image = decode_image(data, suffix)
             except DecodeError as error:
-                quarantine.add(study["__shard__"], study["__key__"], "unreadable image", str(error))
+                quarantine.add(study.shard, study.key, "unreadable image", str(error))
                 continue
-            record = study["json"]
+            record = study.record
             held_out.study_ids.append(record["study_id"])
             held_out.patient_ids.append(record["patient_id"])
             held_out.labels.append(record.get("labels") or {})

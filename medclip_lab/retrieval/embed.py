@@ -11,8 +11,9 @@ from PIL import Image
 
 from medclip_lab import progress
 from medclip_lab.data.decode import DecodeError, decode_image
+from medclip_lab.data.manifest import Manifest, Shard
 from medclip_lab.data.quarantine import Quarantine
-from medclip_lab.data.shards import Manifest, Shard, read_shard
+from medclip_lab.data.reader import read_shard
 from medclip_lab.errors import UserError
 from medclip_lab.files import atomic_file, read_json, sha256, write_json
 from medclip_lab.inference.encoder import Encoder
@@ -48,7 +49,7 @@ def embed(
     facts = {
         "format": FORMAT,
         "bundle": encoder.fingerprint,
-        "source": {shard.path.name: shard.sha256 for shard in wanted},
+        "source": {shard.name: shard.sha256 for shard in wanted},
         "text_included": include_text,
     }
     if (out / MANIFEST).exists():
@@ -60,8 +61,8 @@ def embed(
     quarantine = Quarantine(sum(shard.samples for shard in wanted), max_bad, out / "quarantine.jsonl")
     files: dict[str, dict[str, Any]] = read_json(out / MANIFEST, "embeddings")["files"]
     for shard in progress.track(wanted, "embed shards", len(wanted)):
-        if shard.path.stem not in files:
-            files[shard.path.stem] = _embed_shard(encoder, shard, out, include_text, quarantine)
+        if Path(shard.name).stem not in files:
+            files[Path(shard.name).stem] = _embed_shard(encoder, shard, out, include_text, quarantine)
             write_json(out / MANIFEST, facts | {"files": files})
     return facts | {"files": files}
 
@@ -74,7 +75,7 @@ def _embed_shard(
 
     def images() -> Iterator[Image.Image]:  # one at a time: a shard of decoded films may not fit in memory
         for study in read_shard(shard, quarantine):
-            record = study["json"]
+            record = study.record
             text, views = record.get("text") or "", record.get("view") or []
             row = {name: record.get(name) for name in ("study_id", "patient_id", "split")} | {
                 "image": None,
@@ -82,11 +83,11 @@ def _embed_shard(
             }
             if include_text:
                 row["text"] = text
-            for number, (suffix, data) in enumerate(study["images"]):
+            for number, (suffix, data) in enumerate(study.images):
                 try:
                     image = decode_image(data, suffix)
                 except DecodeError as error:
-                    quarantine.add(shard.path.name, study["__key__"], "unreadable image", str(error))
+                    quarantine.add(shard.name, study.key, "unreadable image", str(error))
                     continue
                 view = views[number] if number < len(views) else None
                 rows["image"].append(row | {"image": number, "view": view})
@@ -102,7 +103,7 @@ def _embed_shard(
     schema = pa.schema([(name, types.get(name, pa.string())) for name in columns])
     files: dict[str, Any] = {}
     for modality in MODALITIES:
-        stem = f"{shard.path.stem}.{modality}"
+        stem = f"{Path(shard.name).stem}.{modality}"
         with atomic_file(out / f"{stem}.npy") as temporary, temporary.open("wb") as file:
             np.save(file, features[modality])
         with atomic_file(out / f"{stem}.parquet") as temporary:

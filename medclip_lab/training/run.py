@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 import signal
 import time
@@ -19,10 +18,10 @@ from safetensors.torch import save_file
 
 from medclip_lab import distributed
 from medclip_lab.config import to_yaml
-from medclip_lab.data.order import samples_per_rank
-from medclip_lab.data.pipeline import BatchStream, DataConfig, SourceConfig, loader, steps_per_epoch
+from medclip_lab.data.manifest import Manifest
+from medclip_lab.data.pipeline import BatchStream, DataConfig, SourceConfig, loader, steps_once, steps_per_epoch
 from medclip_lab.data.quarantine import Quarantine
-from medclip_lab.data.shards import Manifest, read_split
+from medclip_lab.data.reader import read_split
 from medclip_lab.data.tokenizer import EOS_ID, FILES, Tokenizer, load_tokenizer, train_tokenizer
 from medclip_lab.errors import UserError
 from medclip_lab.files import atomic_file, atomic_folder, digest, read_json, write_json
@@ -102,10 +101,8 @@ def train(config: RunConfig) -> Path:
     """
     out = Path(config.out).expanduser()
     rank, world_size = distributed.launched_world()
-    steps = config.trainer.steps or max(
-        1, round(config.trainer.epochs * steps_per_epoch(config.data, world_size, config.seed))
-    )
-    facts = {"world_size": world_size, "steps": steps, "shards": _shards_of(config)}
+    steps = config.trainer.steps or max(1, round(config.trainer.epochs * steps_per_epoch(config.data)))
+    facts = {"steps": steps, "shards": _shards_of(config)}
     _refuse_other_run(config, facts, out)
     if (out / DONE).exists():
         return out
@@ -236,7 +233,7 @@ def _trained_tokenizer(config: RunConfig, folder: Path, rank: int) -> int:
         for source in config.data.sources.values():
             manifest = Manifest.load(source.shards)
             quarantine = Quarantine(manifest.count(source.split), config.data.max_bad)
-            texts += [study["json"].get("text") or "" for study in read_split(manifest, source.split, quarantine)]
+            texts += [study.record.get("text") or "" for study in read_split(manifest, source.split, quarantine)]
         if not any(texts):
             raise UserError("model.tokenizer: no source has a single report to train a tokenizer on")
         with atomic_folder(folder) as temporary:
@@ -259,16 +256,8 @@ def _validation_stream(
     if len(sources) < len(config.data.sources):
         raise UserError("trainer.val_every: a source has no split 'val'; set it to 0")
     data = DataConfig(**{**vars(config.data), "sources": sources, "workers": 0, "control": "none"})
-    # The last batch may be short: a small validation split is no reason to refuse a run. It ends with the source that
-    # is through first.
-    shares = data.shares()
-    steps = min(
-        math.ceil(
-            samples_per_rank(Manifest.load(source.shards).of_split("val"), 0, world_size, config.seed, shuffle=False)
-            / shares[name]
-        )
-        for name, source in sources.items()
-    )
+    # The last batch may be short: a small validation split is no reason to refuse a run.
+    steps = steps_once(data, world_size)
     return BatchStream(
         data,
         tokenizer,
@@ -331,13 +320,15 @@ def resolve_precision(config: TrainerConfig) -> Literal["32-true", "bf16-mixed",
 def _shards_of(config: RunConfig) -> dict[str, str]:
     """Per source, a digest of the shards that a run reads."""
     return {
-        name: digest([shard.sha256 for shard in Manifest.load(source.shards).of_split(source.split)])
+        name: digest(
+            [shard.sha256 or [shard.name, shard.bytes] for shard in Manifest.load(source.shards).of_split(source.split)]
+        )
         for name, source in config.data.sources.items()
     }
 
 
 def _refuse_other_run(config: RunConfig, facts: dict[str, Any], out: Path) -> None:
-    """A folder holds one run: going on with another config, other data or other ranks would mix two."""
+    """A folder holds one run: going on with another config or other data would mix two. Other ranks are no matter."""
 
     def settings(text: str) -> str:
         # Where the folder lies is no setting of the run: it may have been moved.
@@ -351,10 +342,10 @@ def _refuse_other_run(config: RunConfig, facts: dict[str, Any], out: Path) -> No
     before = read_json(out / FACTS, "run")
     if before["shards"] != facts["shards"]:
         raise UserError(f"out: {out} holds a run on other data: the shards changed since. Choose another --out")
-    if (before["world_size"], before["steps"]) != (facts["world_size"], facts["steps"]) and not (out / DONE).exists():
+    if before["steps"] != facts["steps"] and not (out / DONE).exists():
         raise UserError(
-            f"out: {out} was started on {before['world_size']} processes with {before['steps']} steps, and this would "
-            f"be {facts['world_size']} with {facts['steps']}: go on as it was started"
+            f"out: {out} was started with {before['steps']} steps, and this would be {facts['steps']}: go on as it was "
+            "started"
         )
 
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from medclip_lab.data.findings import CHEXPERT14, NO_FINDING, SUPPORT_DEVICES
+from medclip_lab.data.manifest import SPLITS
 from medclip_lab.data.phantom import phantom_samples
-from medclip_lab.data.shards import SPLITS, Sample
+from medclip_lab.data.shards import Sample
 from medclip_lab.errors import UserError
 
 STUDIES = 640

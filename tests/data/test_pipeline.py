@@ -1,4 +1,4 @@
-import math
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from medclip_lab.data.pipeline import BatchStream, DataConfig, SourceConfig, loader, steps_per_epoch
+from medclip_lab.data.manifest import Manifest
+from medclip_lab.data.pipeline import BatchStream, DataConfig, SourceConfig, loader, steps_once, steps_per_epoch
 from medclip_lab.data.preprocess import AugmentConfig, PreprocessConfig
-from medclip_lab.data.shards import Manifest, Sample, write_shards
+from medclip_lab.data.shards import Sample, write_shards
 from medclip_lab.data.text import TextConfig
 from medclip_lab.errors import UserError
 
@@ -57,20 +58,43 @@ def test_batches_are_what_they_say(toy_shards: Manifest) -> None:
     assert batch["image_labels"][:, 5].isnan().all(), "what is not mentioned is NaN, not 0"
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_order_does_not_depend_on_workers(toy_shards: Manifest, workers: int) -> None:
-    data = config(toy_shards.folder, augment=AugmentConfig(degrees=5, contrast=0.2))
+def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The batches of all ranks as one."""
+    return {
+        name: torch.cat([part[name] for part in parts])
+        if isinstance(value, Tensor)
+        else [identifier for part in parts for identifier in part[name]]
+        for name, value in parts[0].items()
+    }
+
+
+AUGMENT = AugmentConfig(degrees=5, contrast=0.2)
+TEXT = TextConfig(report=1, sentence=1, impression=1)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_batches_are_the_same_on_any_number_of_ranks_and_workers(
+    toy_shards: Manifest, world: int, workers: int
+) -> None:
+    data = config(toy_shards.folder, augment=AUGMENT, text=TEXT, lanes=4)
     expected = list(stream(data, start=3))
-    found = list(loader(stream(config(toy_shards.folder, augment=data.augment, workers=workers), start=3)))
-    assert len(found) == len(expected) == 9
-    assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(expected) == 9
+    data = config(toy_shards.folder, augment=AUGMENT, text=TEXT, lanes=4, workers=workers)
+    ranks = [list(loader(stream(data, start=3, rank=rank, world_size=world))) for rank in range(world)]
+    for parts, batch in zip(zip(*ranks, strict=True), expected, strict=True):
+        assert same(joined(list(parts)), batch)
 
 
-def test_a_later_start_gives_the_later_batches(toy_shards: Manifest) -> None:
-    data = config(toy_shards.folder)
-    assert all(
-        same(a, b) for a, b in zip(list(stream(data, steps=25))[14:], stream(data, steps=25, start=14), strict=True)
-    )
+def test_a_resume_at_any_step_on_other_ranks_goes_on_as_if_nothing_had_been(toy_shards: Manifest) -> None:
+    """Across the border of an epoch too: one has eleven steps here."""
+    data = config(toy_shards.folder, text=TEXT, shuffle_size=20)
+    whole = list(stream(data, steps=25))
+    for start in range(25):
+        world = (1, 2, 4)[start % 3]
+        ranks = [list(stream(data, 25, start=start, rank=rank, world_size=world)) for rank in range(world)]
+        for parts, batch in zip(zip(*ranks, strict=True), whole[start:], strict=True):
+            assert same(joined(list(parts)), batch)
 
 
 def test_epochs_and_seeds_differ_and_an_epoch_is_a_permutation(toy_shards: Manifest) -> None:
@@ -186,19 +210,55 @@ def test_sentence_labels_are_those_of_the_sentence(unpaired: dict[str, SourceCon
                 assert (labels == 1).sum() == 1
 
 
-def test_unreadable_images_are_left_out_with_their_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_unreadable_images_are_listed_and_in_training_stood_in_for(tmp_path: Path, training: bool) -> None:
     samples = list(toy_samples(300))
     bad = [sample for sample in samples if sample.split == "train"][5]
     bad.images = [("png", png(torch.zeros(4, 4, dtype=torch.uint8).numpy())[:30])]
     write_shards(samples, tmp_path / "s", "toy", 50)
     data = config(tmp_path / "s", batch_size=60)
-    reader = stream(data, steps=3, quarantine_path=tmp_path / "quarantine.jsonl")
+    reader = stream(data, steps=3, training=training, quarantine_path=tmp_path / "quarantine.jsonl")
     batches = list(reader)
-    assert sum(len(batch["image"]) for batch in batches) == 179
+    assert [len(batch["image"]) for batch in batches] == ([60] * 3 if training else [59, 60, 60])
     assert all(batch["image_id"] == batch["text_id"] for batch in batches)
-    assert bad.study_id not in [study for batch in batches for study in batch["image_id"]]
-    assert reader.quarantine.causes == {"unreadable image": 1}
-    assert bad.key in (tmp_path / "quarantine.jsonl").read_text()
+    seen = Counter(study for batch in batches for study in batch["image_id"])
+    assert bad.study_id not in seen
+    assert len(seen) == 179, "every other study came"
+    assert reader.quarantines["toy"].causes == {"unreadable image": 1}
+    line = json.loads((tmp_path / "quarantine.jsonl").read_text())
+    assert (line["source"], line["key"]) == ("toy", bad.key)
+
+
+def test_another_image_of_the_study_serves_before_another_study(tmp_path: Path) -> None:
+    samples = [sample for sample in toy_samples(40) if sample.split == "train"]
+    for sample in samples:
+        sample.images = [("png", b"no image"), *sample.images]
+    write_shards(samples, tmp_path / "s", "toy", 50)
+    data = config(tmp_path / "s", batch_size=len(samples), max_bad=1.0)
+    batch = next(iter(stream(data)))
+    assert sorted(batch["image_id"]) == sorted(sample.study_id for sample in samples)
+
+
+def test_a_study_that_stands_in_is_the_same_on_any_rank(tmp_path: Path) -> None:
+    samples = list(toy_samples(100))
+    for sample in samples[::7]:
+        sample.images = [("png", b"no image")]
+    write_shards(samples, tmp_path / "s", "toy", 10)
+    data = config(tmp_path / "s", max_bad=1.0)
+    whole = [batch["image_id"] for batch in stream(data)]
+    halves = [[batch["image_id"] for batch in stream(data, rank=rank, world_size=2)] for rank in range(2)]
+    assert [first + second for first, second in zip(*halves, strict=True)] == whole
+
+
+def test_the_ceiling_is_that_of_what_a_process_meets(tmp_path: Path) -> None:
+    """Two bad samples of a hundred pass a ceiling of 2 %; four loader processes meet both in the end, and must not stop
+    for being a quarter each."""
+    samples = [sample for sample in toy_samples(170) if sample.split == "train"][:100]
+    for sample in samples[10:12]:
+        sample.images = [("png", b"no image")]
+    write_shards(samples, tmp_path / "s", "toy", 10)
+    data = config(tmp_path / "s", batch_size=10, max_bad=0.02, workers=4)
+    assert sum(1 for _ in loader(stream(data, steps=60))) == 60
 
 
 def test_too_many_bad_images_stop(tmp_path: Path) -> None:
@@ -210,11 +270,26 @@ def test_too_many_bad_images_stop(tmp_path: Path) -> None:
         list(stream(config(tmp_path / "s"), steps=4))
 
 
-def test_shares_and_epochs() -> None:
-    sources = {"a": SourceConfig("x", weight=1), "b": SourceConfig("y", weight=2), "c": SourceConfig("z", weight=2)}
-    assert config("", sources=sources, batch_size=9).shares() == {"a": 2, "b": 4, "c": 3}
-    with pytest.raises(UserError, match="too small to hold a study of every source"):
-        config("", sources=sources, batch_size=2).shares()
+def test_epochs_are_those_of_the_first_source(toy_shards: Manifest, unpaired: dict[str, SourceConfig]) -> None:
+    assert steps_per_epoch(config(toy_shards.folder)) == toy_shards.count("train") // 8
+    assert steps_per_epoch(config("", sources=unpaired)) == 40 // 2
+    with pytest.raises(
+        UserError, match=r"data\.sources\.images: too few studies in split 'train' to fill a batch of 200"
+    ):
+        steps_per_epoch(config("", sources=unpaired, batch_size=200))
+
+
+@pytest.mark.parametrize(("world", "steps"), [(1, 4), (2, 3), (3, 3)])
+def test_validation_ends_with_a_row_for_every_rank(tmp_path: Path, world: int, steps: int) -> None:
+    write_shards(images_only(25), tmp_path, "i", 10)
+    data = config(tmp_path)
+    assert steps_once(data, world) == steps
+    ids = []
+    for rank in range(world):
+        batches = list(stream(data, steps, rank=rank, world_size=world, training=False))
+        assert all(batch["image_id"] for batch in batches)
+        ids += [study for batch in batches for study in batch["image_id"]]
+    assert len(set(ids)) == len(ids) == min(25, 8 * steps)
 
 
 def test_config_refuses(toy_shards: Manifest) -> None:
@@ -226,7 +301,9 @@ def test_config_refuses(toy_shards: Manifest) -> None:
         TextConfig(report=0)
     with pytest.raises(ValueError, match="balance"):
         SourceConfig("x", balance=2)
-    with pytest.raises(UserError, match="cannot be split between 64 ranks"):
-        steps_per_epoch(config(toy_shards.folder), 64, 0)
-    assert steps_per_epoch(config(toy_shards.folder), 1, 0) == toy_shards.count("train") // 8
-    assert math.isfinite(steps_per_epoch(config(toy_shards.folder), 2, 0))
+    with pytest.raises(ValueError, match="lanes must divide batch_size 8, got 3"):
+        config(toy_shards.folder, lanes=3)
+    with pytest.raises(UserError, match="64 ranks need a row each"):
+        stream(config(toy_shards.folder), world_size=64)
+    with pytest.raises(UserError, match=r"data\.sources\.toy: 90 samples do not fill 256 lanes: lower data\.lanes"):
+        stream(config(toy_shards.folder, batch_size=256, lanes=256))

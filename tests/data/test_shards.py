@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medclip_lab.data.manifest import Manifest, Shard
 from medclip_lab.data.quarantine import Quarantine
-from medclip_lab.data.shards import Manifest, Sample, Shard, make_key, read_shard, read_split, write_shards
+from medclip_lab.data.reader import read_shard, read_split
+from medclip_lab.data.shards import Sample, make_key, write_shards
 from medclip_lab.errors import UserError
 
 from ..conftest import toy_samples
@@ -24,15 +26,15 @@ def test_round_trip(tmp_path: Path) -> None:
     assert manifest.facts["labels"]["Edema"] == {"null": 40}
     assert manifest.facts["command"] == "made here"
     quarantine = Quarantine(40)
-    read = {s["__key__"]: s for split in ("train", "val", "test") for s in read_split(manifest, split, quarantine)}
+    read = {s.key: s for split in ("train", "val", "test") for s in read_split(manifest, split, quarantine)}
     assert not quarantine.causes
     assert read.keys() == {sample.key for sample in samples}
     for sample in samples:
         found = read[sample.key]
-        assert found["images"] == sample.images
-        assert found["json"]["text"] == sample.text
-        assert found["json"]["labels"] == sample.labels
-        assert found["json"]["sentences"] == sample.sentences
+        assert found.images == sample.images
+        assert found.record["text"] == sample.text
+        assert found.record["labels"] == sample.labels
+        assert found.record["sentences"] == sample.sentences
 
 
 def test_same_studies_same_bytes(tmp_path: Path) -> None:
@@ -46,7 +48,7 @@ def test_several_images_keep_their_order(tmp_path: Path) -> None:
     images = [("png", bytes([number])) for number in range(12)]
     sample = Sample(study_id="s", patient_id="p", split="train", images=images)
     manifest = write_shards([sample], tmp_path, "toy")
-    assert next(read_split(manifest, "train", Quarantine(1)))["images"] == images
+    assert next(read_split(manifest, "train", Quarantine(1))).images == images
 
 
 @given(st.lists(st.text(max_size=100), unique=True, max_size=30))
@@ -111,7 +113,7 @@ def test_manifest_errors(tmp_path: Path) -> None:
     both = manifest.of_split("train+val")
     assert both == tuple(shard for shard in manifest.shards if shard.split != "test")
     assert manifest.count("train+val") == manifest.count("train") + manifest.count("val")
-    manifest.shards[0].path.unlink()
+    Path(manifest.shards[0].url).unlink()
     with pytest.raises(UserError, match="listed in the manifest and missing"):
         Manifest.load(tmp_path / "s")
     (tmp_path / "s" / "manifest.json").write_text('{"format": "other"}')
@@ -120,8 +122,8 @@ def test_manifest_errors(tmp_path: Path) -> None:
 
 
 def cut(shard: Shard, share: float) -> None:
-    data = shard.path.read_bytes()
-    shard.path.write_bytes(data[: int(len(data) * share)])
+    data = Path(shard.url).read_bytes()
+    Path(shard.url).write_bytes(data[: int(len(data) * share)])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.35, 0.5, 0.61])
@@ -135,7 +137,7 @@ def test_truncated_shard_is_counted(tmp_path: Path, share: float) -> None:
     assert delivered + sum(quarantine.causes.values()) == shard.samples
     assert delivered < shard.samples
     lines = [json.loads(line) for line in listed.read_text().splitlines()]
-    assert {line["shard"] for line in lines} == {shard.path.name}
+    assert {line["shard"] for line in lines} == {shard.name}
     with pytest.raises(UserError, match=r"more than the ceiling of 1\.0%"):
         list(read_shard(shard, Quarantine(60)))
 
@@ -145,7 +147,7 @@ def hostile(path: Path, members: list[tuple[tarfile.TarInfo, bytes]]) -> Shard:
         for info, data in members:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    return Shard(path, "train", 1, path.stat().st_size, "")
+    return Shard(str(path), "train", 1, path.stat().st_size, "")
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:
@@ -170,7 +172,7 @@ def test_hostile_members_are_listed_and_never_used(tmp_path: Path) -> None:
     )
     quarantine = Quarantine(10, ceiling=1.0)
     studies = list(read_shard(shard, quarantine))
-    assert [study["__key__"] for study in studies] == ["ok"]
+    assert [study.key for study in studies] == ["ok"]
     assert quarantine.causes["unsafe member"] >= 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hostile.tar"]
 

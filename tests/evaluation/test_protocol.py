@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medclip_lab.data.shards import Manifest
+from medclip_lab.data.manifest import Manifest
 from medclip_lab.errors import UserError
 from medclip_lab.evaluation.protocol import blur, encode_split, evaluate, label_truth, shuffle_labels, summary
 from medclip_lab.inference.encoder import load

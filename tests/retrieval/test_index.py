@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import medclip_lab
-from medclip_lab.data.shards import Manifest
+from medclip_lab.data.manifest import Manifest
 from medclip_lab.errors import UserError
 from medclip_lab.inference.encoder import load
 from medclip_lab.retrieval.embed import embed, read_embeddings

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from medclip_lab.data.shards import IMAGE_SUFFIXES, MAX_MEMBER_BYTES
+from medclip_lab.data.index import IMAGE_SUFFIXES, MAX_MEMBER_BYTES
 from medclip_lab.errors import UserError
 
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from medclip_lab.data.findings import ABSENT, CHEXPERT14, PRESENT, UNCERTAIN
 from medclip_lab.data.labeller import combine_labels, labelled_sentences
+from medclip_lab.data.manifest import SPLITS
 from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.report import PREAMBLE, parse_sections, report_text
-from medclip_lab.data.shards import SPLITS, Sample, make_key
+from medclip_lab.data.shards import Sample, make_key
 from medclip_lab.data.sources.common import BadImageError, read_image, read_table, require_columns, split_by_hash
 from medclip_lab.errors import UserError
 

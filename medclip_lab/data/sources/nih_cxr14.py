@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medclip_lab.data.findings import ABSENT, CHEXPERT14, NO_FINDING, PRESENT
+from medclip_lab.data.manifest import SPLITS
 from medclip_lab.data.quarantine import Quarantine
-from medclip_lab.data.shards import SPLITS, Sample, make_key
+from medclip_lab.data.shards import Sample, make_key
 from medclip_lab.data.sources.common import BadImageError, read_image, read_table, require_columns, split_by_hash
 from medclip_lab.errors import UserError
 from medclip_lab.files import existing_folder

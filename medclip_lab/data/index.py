@@ -1,0 +1,178 @@
+"""What a shard holds and where: made from the headers of the tar, or read from a file beside it.
+
+Only headers are read to make an index; nothing is unpacked, and a member counts only if it is a plain file at the top
+of the tar with a suffix we know. So what a shard holds besides is never looked at.
+"""
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from webdataset.tariterators import group_by_keys
+
+from medclip_lab.files import write_json
+
+FORMAT = "medclip-lab-shard-index/1"
+SUFFIX = ".index.json"
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "dcm", "nii.gz")
+TEXT_SUFFIXES = ("json", "txt")
+MAX_MEMBER_BYTES = 256 * 2**20  # a larger member is quarantined before a byte of it is read
+MAX_TEXT_BYTES = 16 * 2**20
+MAX_HEADER_BYTES = 64 * 2**10  # of a header that extends another: a name or a comment of any length is one
+MAX_SAMPLES = 2**20
+
+
+class Member(NamedTuple):
+    """A file in a shard."""
+
+    suffix: str
+    """All behind the key's dot, "1.jpg"."""
+    offset: int
+    size: int
+
+
+class Fault(NamedTuple):
+    """What is wrong with a sample or a shard; holds no name of a file."""
+
+    cause: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample: neighbouring members that share a key."""
+
+    key: str
+    members: tuple[Member, ...]
+    fault: Fault | None = None
+    """Why it cannot be used."""
+    labels: dict[str, int] | None = None
+    """What its report or table states, if the index knows."""
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What a shard holds."""
+
+    entries: tuple[Entry, ...]
+    faults: tuple[Fault, ...] = ()
+    """What is wrong with the shard itself."""
+
+
+class _Headers:
+    """A file of which tarfile reads headers, and no more than that."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if size > MAX_HEADER_BYTES:
+            raise tarfile.HeaderError("a header that is too large")
+        return self.file.read(size)
+
+
+def scan(path: Path) -> ShardIndex:
+    """Index a tar by its headers; one that ends early gives what it holds, and says so.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    faults: list[Fault] = []
+    samples: list[dict[str, Any]] = []
+
+    def twice(_: Exception) -> bool:
+        faults.append(Fault("member twice", "two members of one name"))
+        return True
+
+    with path.open("rb") as file:
+        for group in group_by_keys(_members(file, path.stat().st_size, faults), handler=twice):
+            samples.append(group)
+            if len(samples) == MAX_SAMPLES:
+                faults.append(Fault("unreadable shard", f"more than {MAX_SAMPLES} samples"))
+                break
+    return ShardIndex(tuple(_entry(group) for group in samples), tuple(dict.fromkeys(faults)))
+
+
+def _members(file: BinaryIO, size: int, faults: list[Fault]) -> Iterator[dict[str, Any]]:
+    try:
+        with tarfile.open(fileobj=_Headers(file), mode="r:", errorlevel=0) as tar:  # type: ignore[call-overload]
+            while (info := tar.next()) is not None:
+                tar.members.clear()  # else a hostile tar of a million empty members is a million objects
+                name = info.name
+                if not _plain(info):
+                    faults.append(Fault("unsafe member", "not a plain file at the top of the tar"))
+                    continue
+                suffix = name.partition(".")[2].lower()
+                if suffix not in TEXT_SUFFIXES and re.sub(r"^\d+\.", "", suffix) not in IMAGE_SUFFIXES:
+                    continue  # other tools may add members of their own
+                fault = None
+                if info.size > (MAX_TEXT_BYTES if suffix in TEXT_SUFFIXES else MAX_MEMBER_BYTES):
+                    fault = Fault("member too large", f"{info.size} bytes")
+                elif info.offset_data + info.size > size:
+                    fault = Fault("truncated shard", "it ends within the sample")
+                yield {"__url__": "", "fname": name, "data": (Member(suffix, info.offset_data, info.size), fault)}
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        faults.append(Fault("unreadable shard", type(error).__name__))
+
+
+def _plain(info: tarfile.TarInfo) -> bool:
+    """A sparse file says it is one too, but its bytes do not lie where they are said to."""
+    kind = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not info.issparse()
+    return kind and info.name.isprintable() and not info.name.startswith(("/", "_", ".")) and "/" not in info.name
+
+
+def _entry(group: dict[str, Any]) -> Entry:
+    found = [value for value in group.values() if isinstance(value, tuple)]
+    fault = next((fault for _, fault in found if fault), None)
+    return Entry(str(group["__key__"]), tuple(member for member, _ in found), fault)
+
+
+def index_path(shard: Path) -> Path:
+    """Where the index of a shard lies."""
+    return shard.with_name(shard.name.removesuffix(".tar") + SUFFIX)
+
+
+def write_index(shard: Path, sha256: str, labels: dict[str, dict[str, int]], out: Path | None = None) -> None:
+    """Write the index of a shard beside it, or to `out`.
+
+    Args:
+        sha256: of the shard, so that an index of other bytes is not believed.
+        labels: what is stated about each sample, by its key.
+    """
+    entries = [[entry.key, entry.members, labels.get(entry.key, {})] for entry in scan(shard).entries]
+    value = {"format": FORMAT, "sha256": sha256, "bytes": shard.stat().st_size, "samples": entries}
+    write_json(out or index_path(shard), value, indent=None)
+
+
+def read_index(shard: Path, sha256: str) -> ShardIndex | None:
+    """The index beside a shard; None if there is none, or if it is not of this shard.
+
+    It is believed no more than the shard itself: places outside the file and members too large are faults.
+    """
+    try:
+        value = json.loads(index_path(shard).read_bytes())
+        size = shard.stat().st_size
+        if (value["format"], value["sha256"], value["bytes"]) != (FORMAT, sha256, size):
+            return None
+        return ShardIndex(tuple(_believed(key, members, labels, size) for key, members, labels in value["samples"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _believed(key: Any, members: Any, labels: Any, size: int) -> Entry:
+    found = tuple(Member(str(suffix), int(offset), int(length)) for suffix, offset, length in members)
+    for member in found:
+        largest = MAX_TEXT_BYTES if member.suffix in TEXT_SUFFIXES else MAX_MEMBER_BYTES
+        if not (0 <= member.size <= largest and 0 <= member.offset <= size - member.size):
+            raise ValueError("a member outside the shard")
+    return Entry(str(key), found, labels={str(name): int(state) for name, state in labels.items()})
+
+
+def labels_of(record: dict[str, Any]) -> dict[str, int]:
+    """The labels a sample's record states: those that are present, absent or uncertain."""
+    return {name: value for name, value in (record.get("labels") or {}).items() if value is not None}
