@@ -261,8 +261,8 @@ class BatchStream(IterableDataset[Batch]):
             pixels = stack(images)
             if self.training:
                 generators = (torch.Generator().manual_seed(seed) for seed in seeds)
-                pairs = zip(pixels.split(1), generators, strict=True)
-                pixels = torch.cat([augment(image, self.config.augment, generator) for image, generator in pairs])
+                pairs = zip(pixels, generators, strict=True)
+                pixels = torch.cat([augment(image[None], self.config.augment, generator) for image, generator in pairs])
             batch |= {"image": pixels, "image_labels": torch.tensor(image_labels)}
         if texts:
             batch |= {"text": self.tokenizer(texts), "text_labels": torch.tensor(text_labels)}

@@ -28,6 +28,8 @@ ATTEMPTS = 6
 FIRST_PAUSE = 0.5  # seconds; twice as long after each failure
 TIMEOUT = 60.0  # seconds without a byte
 MAX_MANIFEST_BYTES = 2**30
+REFUSALS = (401, 403, 404, 410)
+"""HTTP answers that another attempt will not change."""
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ def read_bytes(url: str) -> bytes:
         FetchError: it cannot be read, or it is large.
     """
     system, path = _open(url)
-    size = _size(system, path)
+    size = _patiently(partial(_size, system, path))
     if size is not None and size > MAX_MANIFEST_BYTES:
         raise FetchError(f"{size} bytes, more than a manifest has")
     data: bytes = _patiently(partial(system.cat_file, path))
@@ -106,7 +108,7 @@ def fetch(url: str, size: int | None = None, expected: str = "") -> Path:
 
 def _download(url: str, size: int | None, target: Path) -> None:
     system, path = _open(url)
-    found = _patiently(lambda: _size(system, path))
+    found = _patiently(partial(_size, system, path))
     if size is not None and found not in (None, size):
         raise FetchError(f"{found} bytes, and the manifest tells of {size}")
     total, have = found if size is None else size, 0
@@ -129,11 +131,12 @@ def _patiently(read: Callable[[], Any]) -> Any:
             found = read()
             if found != b"":
                 return found
-            cause: Exception = FetchError("nothing arrived")
-        except (FileNotFoundError, PermissionError) as error:
-            raise FetchError(f"{type(error).__name__}: it is not there, or may not be read") from None
+            cause: BaseException = FetchError("nothing arrived")
         except Exception as error:  # each file system has failures of its own
-            cause = error
+            # fsspec calls it not found too when a server did not answer, and tells why.
+            cause = error.__cause__ or error
+            if isinstance(cause, FileNotFoundError | PermissionError) or getattr(cause, "status", 0) in REFUSALS:
+                raise FetchError("it is not there, or may not be read") from None
         if attempt < ATTEMPTS - 1:
             log.warning("reading failed (%s), attempt %d of %d", type(cause).__name__, attempt + 1, ATTEMPTS)
             time.sleep(FIRST_PAUSE * 2**attempt)

@@ -174,7 +174,9 @@ def test_an_error_in_a_loader_process_is_one_line(toy_config: Config, tmp_path: 
     )
     write_shards(broken, shards, "t", 10)
     settings = [f"--data.sources.toy.shards={shards}", "--data.workers=1"]
-    with pytest.raises(UserError, match=r"^\d+ of 40 samples of source toy are unusable \(\d+ unreadable image\)") as error:
+    with pytest.raises(
+        UserError, match=r"^\d+ of 40 samples of source toy are unusable \(\d+ unreadable image\)"
+    ) as error:
         train(toy_config(tmp_path / "run", *settings))
     assert "\n" not in str(error.value)
 
