@@ -7,6 +7,7 @@ of the tar with a suffix we know. So what a shard holds besides is never looked 
 import json
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ MAX_MEMBER_BYTES = 256 * 2**20  # a larger member is quarantined before a byte o
 MAX_TEXT_BYTES = 16 * 2**20
 MAX_HEADER_BYTES = 64 * 2**10  # of a header that extends another: a name or a comment of any length is one
 MAX_SAMPLES = 2**20
+MAX_SEARCHED_BYTES = 64 * 2**20  # for the next header, where one is damaged
 
 
 class Member(NamedTuple):
@@ -33,6 +35,8 @@ class Member(NamedTuple):
     """All behind the key's dot, "1.jpg"."""
     offset: int
     size: int
+    crc32: int | None = None
+    """Of its bytes, if the index knows."""
 
 
 class Fault(NamedTuple):
@@ -69,15 +73,17 @@ class _Headers:
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.seek, self.tell = file.seek, file.tell
+        self.searched = 0
 
     def read(self, size: int) -> bytes:
-        if size > MAX_HEADER_BYTES:
-            raise tarfile.HeaderError("a header that is too large")
+        self.searched += size
+        if size > MAX_HEADER_BYTES or self.searched > MAX_SEARCHED_BYTES:
+            raise tarfile.ReadError("headers that are too large, or none for long")
         return self.file.read(size)
 
 
 def scan(path: Path) -> ShardIndex:
-    """Index a tar by its headers; one that ends early gives what it holds, and says so.
+    """Index a tar by its headers. One that ends early, or has a damaged header, gives what it holds besides.
 
     Raises:
         OSError: the file cannot be opened.
@@ -100,8 +106,11 @@ def scan(path: Path) -> ShardIndex:
 
 def _members(file: BinaryIO, size: int, faults: list[Fault]) -> Iterator[dict[str, Any]]:
     try:
-        with tarfile.open(fileobj=_Headers(file), mode="r:", errorlevel=0) as tar:  # type: ignore[call-overload]
+        headers = _Headers(file)
+        # Zeros are no end: behind a damaged header tarfile looks for the next one.
+        with tarfile.open(fileobj=headers, mode="r:", ignore_zeros=True) as tar:  # type: ignore[call-overload]
             while (info := tar.next()) is not None:
+                headers.searched = 0
                 tar.members.clear()  # else a hostile tar of a million empty members is a million objects
                 name = info.name
                 if not _plain(info):
@@ -123,7 +132,8 @@ def _members(file: BinaryIO, size: int, faults: list[Fault]) -> Iterator[dict[st
 def _plain(info: tarfile.TarInfo) -> bool:
     """A sparse file says it is one too, but its bytes do not lie where they are said to."""
     kind = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not info.issparse()
-    return kind and info.name.isprintable() and not info.name.startswith(("/", "_", ".")) and "/" not in info.name
+    name = info.name
+    return kind and name.isprintable() and len(name) <= 512 and not name.startswith(("/", "_", ".")) and "/" not in name
 
 
 def _entry(group: dict[str, Any]) -> Entry:
@@ -141,35 +151,44 @@ def write_index(shard: Path, sha256: str, labels: dict[str, dict[str, int]], out
     """Write the index of a shard beside it, or to `out`.
 
     Args:
-        sha256: of the shard, so that an index of other bytes is not believed.
+        sha256: of the shard, so that the index of another is not believed.
         labels: what is stated about each sample, by its key.
     """
-    entries = [[entry.key, entry.members, labels.get(entry.key, {})] for entry in scan(shard).entries]
-    value = {"format": FORMAT, "sha256": sha256, "bytes": shard.stat().st_size, "samples": entries}
+    samples = []
+    with shard.open("rb") as file:
+        for entry in scan(shard).entries:
+            members = []
+            for member in entry.members:
+                file.seek(member.offset)
+                members.append(member._replace(crc32=zlib.crc32(file.read(member.size))))
+            samples.append([entry.key, members, labels.get(entry.key, {})])
+    value = {"format": FORMAT, "sha256": sha256, "samples": samples}
     write_json(out or index_path(shard), value, indent=None)
 
 
 def read_index(shard: Path, sha256: str) -> ShardIndex | None:
     """The index beside a shard; None if there is none, or if it is not of this shard.
 
-    It is believed no more than the shard itself: places outside the file and members too large are faults.
+    It is believed no more than the shard itself, and tells of a shard that was damaged since what it should hold.
+
+    Args:
+        sha256: that the manifest gives the shard.
     """
     try:
         value = json.loads(index_path(shard).read_bytes())
-        size = shard.stat().st_size
-        if (value["format"], value["sha256"], value["bytes"]) != (FORMAT, sha256, size):
+        if (value["format"], value["sha256"]) != (FORMAT, sha256):
             return None
-        return ShardIndex(tuple(_believed(key, members, labels, size) for key, members, labels in value["samples"]))
+        return ShardIndex(tuple(_believed(key, members, labels) for key, members, labels in value["samples"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
-def _believed(key: Any, members: Any, labels: Any, size: int) -> Entry:
-    found = tuple(Member(str(suffix), int(offset), int(length)) for suffix, offset, length in members)
+def _believed(key: Any, members: Any, labels: Any) -> Entry:
+    found = tuple(Member(str(suffix), *map(int, numbers)) for suffix, *numbers in members)
     for member in found:
         largest = MAX_TEXT_BYTES if member.suffix in TEXT_SUFFIXES else MAX_MEMBER_BYTES
-        if not (0 <= member.size <= largest and 0 <= member.offset <= size - member.size):
-            raise ValueError("a member outside the shard")
+        if not 0 <= member.size <= largest or member.offset < 0 or member.crc32 is None:
+            raise ValueError("a member that cannot be")
     return Entry(str(key), found, labels={str(name): int(state) for name, state in labels.items()})
 
 

@@ -6,6 +6,7 @@ study's record says is looked at before anyone uses it.
 
 import json
 import re
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -97,7 +98,9 @@ def _members(file: BinaryIO, entry: Entry) -> Iterator[tuple[str, bytes]]:
         file.seek(member.offset)
         data = file.read(member.size)
         if len(data) < member.size:
-            raise BadSampleError(entry.key, Fault("truncated shard", "it became shorter while it was read"))
+            raise BadSampleError(entry.key, Fault("truncated shard", "the shard ends within it"))
+        if member.crc32 is not None and zlib.crc32(data) != member.crc32:
+            raise BadSampleError(entry.key, Fault("damaged sample", "not the bytes that were written"))
         yield member.suffix, data
 
 
