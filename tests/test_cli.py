@@ -22,6 +22,20 @@ FLAGS = {
     "prepare openi": PREPARE | {"path"},
     "prepare csv": PREPARE
     | {"path", "--image", "--text", "--study", "--patient", "--split", "--labels", "--image-folder", "--license"},
+    "shards plan": COMMON
+    | {
+        "--samples",
+        "--shards",
+        "--split",
+        "--samples-per-shard",
+        "--sample-kib",
+        "--ranks",
+        "--batch-size",
+        "--lanes",
+        "--window",
+        "--seed",
+    },
+    "shards check": COMMON | {"shards", "--no-decode", "--out"},
     "train": COMMON | {"--config", "--out", "--settings"},
     "evaluate": COMMON
     | {

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from medclip_lab import __version__
-from medclip_lab.cli import data, measure, model, retrieval
+from medclip_lab.cli import data, measure, model, retrieval, shards
 from medclip_lab.errors import UserError
 
 
@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     model.add_demo(verbs)
     data.add_prepare(verbs)
+    shards.add_shards(verbs)
     model.add_train(verbs)
     model.add_evaluate(verbs)
     model.add_export(verbs)

@@ -73,6 +73,14 @@ class Reader:
         except (ValueError, RecursionError) as error:
             raise BadSampleError(entry.key, Fault("bad metadata", str(error)[:200])) from None
 
+    def index(self, shard: int) -> ShardIndex:
+        """What a shard holds.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        return self._get(shard)[1]
+
     def _get(self, shard: int) -> tuple[BinaryIO, ShardIndex]:
         if shard not in self._open:
             facts = self.shards[shard]

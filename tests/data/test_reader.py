@@ -257,7 +257,7 @@ def sparse(path: Path, *parts: tuple[int, bytes]) -> Path:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory in use is read from /proc")
 def test_memory_stays_bounded(tmp_path: Path) -> None:
-    """Members of ten gigabytes, headers of one, a million samples, a sparse member: all read with 256 MiB to live on."""
+    """Members of ten gigabytes, headers of one, thousands of empty ones, holes: all with 256 MiB to live on."""
     ten = 10 * 2**30
     small = header("ok.json", len(RECORD)) + RECORD.ljust(512, b"\0")
     sparse(tmp_path / "large.tar", (0, header("big.png", ten)), (512 + ten, small))

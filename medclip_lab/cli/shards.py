@@ -1,0 +1,77 @@
+"""Verbs over shards that exist, or might: plan, check, repair."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from medclip_lab.cli.common import Verbs, add_verb, say
+from medclip_lab.errors import UserError
+
+
+def add_shards(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "shards", help="plan, check and repair shards", description="Plan, check and repair shards."
+    )
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _add_plan(actions)
+    _add_check(actions)
+
+
+def _add_plan(actions: Verbs) -> None:
+    plan = add_verb(
+        actions,
+        "plan",
+        "what an order of samples costs and how well it mixes, before a run",
+        "shards plan --samples 1000000000 --ranks 1024 --batch-size 32768 --lanes 1024",
+        _run_plan,
+    )
+    size = plan.add_mutually_exclusive_group(required=True)
+    size.add_argument("--samples", type=int, help="how many there would be")
+    size.add_argument("--shards", help="folder, URL or pattern: those that are there")
+    plan.add_argument("--split", default="train", help="of --shards (default: train)")
+    plan.add_argument("--samples-per-shard", type=int, default=1000, help="with --samples (default: 1000)")
+    plan.add_argument("--sample-kib", type=float, default=100, help="with --samples: size of one (default: 100)")
+    plan.add_argument("--ranks", type=int, default=1)
+    plan.add_argument("--batch-size", type=int, default=256, help="of the global batch (default: 256)")
+    plan.add_argument("--lanes", type=int, default=1, help="data.lanes (default: 1)")
+    plan.add_argument("--window", type=int, default=10_000, help="data.shuffle_size (default: 10000)")
+    plan.add_argument("--seed", type=int, default=0)
+
+
+def _run_plan(args: argparse.Namespace) -> None:
+    from medclip_lab.data.manifest import Manifest
+    from medclip_lab.data.simulate import Case, simulate, table
+
+    samples, per_shard, size = args.samples, args.samples_per_shard, round(args.sample_kib * 1024)
+    if args.shards is not None:
+        shards = Manifest.load(args.shards).of_split(args.split)
+        samples = sum(shard.samples for shard in shards)
+        per_shard = max(1, round(samples / len(shards)))
+        size = max(1, sum(shard.bytes for shard in shards) // max(samples, 1))
+    try:
+        case = Case(samples, per_shard, args.ranks, args.batch_size, args.lanes, args.window, size, args.seed)
+        figures = simulate(case)
+    except ValueError as error:
+        raise UserError(f"plan: {error}") from None
+    say(args, dataclasses.asdict(case) | figures, table(case, figures))
+
+
+def _add_check(actions: Verbs) -> None:
+    check = add_verb(
+        actions,
+        "check",
+        "is every shard the one that was written, and every sample readable? Exit code 1 if not",
+        "shards check shards/nih --out bad.jsonl",
+        _run_check,
+    )
+    check.add_argument("shards", help="folder, URL or pattern")
+    check.add_argument("--no-decode", action="store_true", help="do not decode the images")
+    check.add_argument("--out", type=Path, default=None, help="list what is bad in this JSONL file")
+
+
+def _run_check(args: argparse.Namespace) -> int:
+    from medclip_lab.data.check import check, summary
+
+    result = check(args.shards, decode=not args.no_decode, listed=args.out)
+    say(args, result, summary(result))
+    return 1 if result["bad"] else 0
