@@ -16,6 +16,10 @@ _SEEN = (
     r"(?:seen|identified|visuali[sz]ed|evident|present|apparent|appreciated|demonstrated|noted|observed|detected|found|"
     r"visible|shown|suspected)"
 )
+_ON_ANOTHER = (
+    r" (?:on|in) (?:the |a |any |multiple )?(?:prior|previous|preceding|earlier|recent|most recent|last|old|remote|"
+    r"outside|comparison)\b"
+)
 # Before "resolved" these leave something: "nearly resolved" is still there.
 _PARTLY = (
     "not", "not yet", "not completely", "not fully", "partial", "partially", "partly", "incomplete", "incompletely",
@@ -45,7 +49,7 @@ CUE = named(
         r"|(?:less likely|unlikely)\b(?=[ .,]*$)",
         "no_post": r"(?:is|are|was|were|has|have)(?: been)? (?:now )?(?:completely |totally |essentially |since )?"
         r"(?:resolved|cleared|removed|absent|ruled out|excluded|gone)\b"
-        rf"|(?:not|no longer) {_DEGREE}{_SEEN}\b(?! (?:is|are)\b)|: (?:none|no|absent|negative)\b"
+        rf"|(?:not|no longer) {_DEGREE}{_SEEN}\b(?! (?:is|are)\b|{_ON_ANOTHER})|: (?:none|no|absent|negative)\b"
         rf"|{_WHOLLY}resolved(?=[ .]*$)",
         "unsure_list": r"differential",
         "unsure": rf"{_NOT_EXCLUDED}|may\b|might\b|could\b|can be\b|possib(?:le|ly|ility)|probabl[ey]|potential(?:ly)?|"

@@ -111,6 +111,19 @@ def report_text(sections: Mapping[str, str]) -> str:
     return " ".join(dict.fromkeys(part for part in parts if part))
 
 
+MARK = r"(?:_{2,}|\[\*\*.*?\*\*\]|(?-i:X{3,}))"
+"""What de-identification leaves in the place of a name or a date: underscores in MIMIC-CXR, `[** ... **]` in MIMIC-III,
+capital X in Open-i."""
+_MARKS = re.compile(rf"(?:\b\w-)?{MARK}(?:'s\b)?(?:[ ,/-]*{MARK}(?:'s\b)?)*")  # "x-XXXX" is one mark
+
+
+def replace_marks(text: str, instead: str = "") -> str:
+    """The text with every mark of de-identification, or row of marks, replaced; one blank where nothing replaces it."""
+    if instead:
+        return _MARKS.sub(lambda _: instead, text)
+    return re.sub(r" +(?=[.,;:)]|$)|(?<=\() +", "", " ".join(_MARKS.sub(" ", text).split()))
+
+
 # No sentence ends after these, whatever follows.
 _NEVER_LAST = frozenset(
     {"dr", "mr", "mrs", "ms", "prof", "vs", "cf", "approx", "e.g", "i.e", "eg", "ie", "fig", "viz", "incl", "resp"}

@@ -202,6 +202,7 @@ Consolidation, atelectasis and effusion have cleared. | Consolidation=0, Atelect
 The previously seen effusion has resolved. | Pleural Effusion=0
 Previously noted opacity is no longer identified. | Lung Opacity=0
 No longer seen is the right effusion. | Pleural Effusion=0
+Small nodule, not seen on the prior radiograph. | Lung Lesion=1
 There is no longer a pneumothorax. | Pneumothorax=0
 No residual pneumothorax. | Pneumothorax=0
 Not without effusion. | Pleural Effusion=1
