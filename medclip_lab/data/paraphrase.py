@@ -24,7 +24,7 @@ class Paraphrases:
 
     def __init__(self, sets: Mapping[str, Sequence[str]]) -> None:
         self._sets = {_folded(phrase): tuple(alternatives) for phrase, alternatives in sets.items()}
-        # The longest first, so that "pleural effusion" is not read as "effusion".
+        # The longest first, so that "no definite" is not read as "no".
         phrases = sorted((re.escape(phrase) for phrase in self._sets), key=len, reverse=True)
         self._any = re.compile(rf"(?<!\w)(?:{'|'.join(phrases)})(?!\w)", re.IGNORECASE)
 

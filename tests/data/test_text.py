@@ -226,6 +226,8 @@ def test_paraphrases_replace_whole_phrases_at_random() -> None:
     effusions = ("pleural effusion", "pleural fluid", "fluid in the pleural space")
     assert set(texts) == {f"{start} {effusion}. Nodule, EFFUSIONS." for start in starts for effusion in effusions}
     assert min(texts.values()) > 60, "all alike likely"
+    longer = Paraphrases({"no": ["without"], "no definite": ["no clear"]})
+    assert {longer("no definite", chance) for _ in range(50)} == {"no definite", "no clear"}
     assert apply("Clear lungs (a+b).", chance) == "Clear lungs (a+b)."
 
 
