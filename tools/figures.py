@@ -84,7 +84,7 @@ def labeller(args: argparse.Namespace) -> dict[str, Any]:
     for half, pairs in halves.items():
         rows = agreement(pairs)
         print(f"{half}, {len(pairs)} reports\n{agreement_table(rows)}", file=sys.stderr)
-        measures = ("precision", "recall", "f1", "f1_strict")
+        measures = ("precision", "recall", "f1", "precision_strict", "recall_strict", "f1_strict")
         labels = [asdict(row) | {name: round(getattr(row, name), 3) for name in measures} for row in rows]
         mean = {name: round(statistics.mean(row[name] for row in labels), 3) for name in measures}
         result[half] = {"reports": len(pairs), "mean": mean, "labels": labels}

@@ -91,6 +91,8 @@ class Agreement:
     """Positive in MeSH and present or uncertain by the rules."""
     both_strict: int
     """Positive in MeSH and present by the rules."""
+    denied: int
+    """Positive in MeSH and absent by the rules: the only denials that this reference can call wrong."""
 
     @property
     def precision(self) -> float:
@@ -103,6 +105,14 @@ class Agreement:
     @property
     def f1(self) -> float:
         return 2 * self.both / max(1, self.mesh + self.present + self.uncertain)
+
+    @property
+    def precision_strict(self) -> float:
+        return self.both_strict / max(1, self.present)
+
+    @property
+    def recall_strict(self) -> float:
+        return self.both_strict / max(1, self.mesh)
 
     @property
     def f1_strict(self) -> float:
@@ -127,6 +137,7 @@ def agreement(pairs: Iterable[tuple[Labels, Mapping[str, int]]]) -> list[Agreeme
                 absent=sum(value == ABSENT for value, _ in values),
                 both=sum(positive and value in (PRESENT, UNCERTAIN) for value, positive in values),
                 both_strict=sum(positive and value == PRESENT for value, positive in values),
+                denied=sum(positive and value == ABSENT for value, positive in values),
             )
         )
     return rows
@@ -134,9 +145,10 @@ def agreement(pairs: Iterable[tuple[Labels, Mapping[str, int]]]) -> list[Agreeme
 
 def agreement_table(rows: Iterable[Agreement]) -> str:
     """The rows as text for people."""
-    lines = [f"{'label':27}{'MeSH':>6}{'1':>6}{'-1':>6}{'0':>6}{'prec':>7}{'recall':>7}{'F1':>7}{'F1 of 1':>9}"]
+    head = f"{'label':27}{'MeSH':>6}{'1':>6}{'-1':>6}{'0':>6}{'0 in MeSH':>11}{'prec':>7}{'recall':>7}{'F1':>7}"
+    lines = [f"{head}{'F1 of 1':>9}"]
     lines += [
-        f"{row.label:27}{row.mesh:6}{row.present:6}{row.uncertain:6}{row.absent:6}"
+        f"{row.label:27}{row.mesh:6}{row.present:6}{row.uncertain:6}{row.absent:6}{row.denied:11}"
         f"{row.precision:7.2f}{row.recall:7.2f}{row.f1:7.2f}{row.f1_strict:9.2f}"
         for row in rows
     ]

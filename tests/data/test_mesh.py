@@ -50,13 +50,18 @@ def test_agreement_counts_doubt_as_positive_and_says_so() -> None:
         ({"Edema": -1}, {"Edema": 1}),
         ({"Edema": -1}, {"Pneumonia": 1}),
         ({"Edema": 0}, {"No Finding": 1}),
+        ({"Fracture": 0}, {"Fracture": 1}),
         ({"Edema": 1}, {}),  # not indexed: left out
     ]
-    row = next(row for row in agreement(pairs) if row.label == "Edema")
-    assert (row.mesh, row.present, row.uncertain, row.absent, row.both, row.both_strict) == (2, 1, 2, 1, 2, 1)
+    rows = {row.label: row for row in agreement(pairs)}
+    assert (rows["Fracture"].denied, rows["Fracture"].recall) == (1, 0)
+    row = rows["Edema"]
+    assert (row.mesh, row.present, row.uncertain, row.absent) == (2, 1, 2, 1)
+    assert (row.both, row.both_strict, row.denied) == (2, 1, 0)
     assert row.precision == pytest.approx(2 / 3)
     assert row.recall == 1
     assert row.f1 == pytest.approx(0.8)
+    assert (row.precision_strict, row.recall_strict) == (1, 0.5)
     assert row.f1_strict == pytest.approx(2 / 3)
     lines = agreement_table(agreement(pairs)).splitlines()
     assert len(lines) == 15
@@ -65,6 +70,7 @@ def test_agreement_counts_doubt_as_positive_and_says_so() -> None:
         "1",
         "2",
         "1",
+        "0",
         "0.67",
         "1.00",
         "0.80",
