@@ -196,11 +196,11 @@ def _ends_sentence(text: str, start: int, match: re.Match[str]) -> bool:
     before, after = text[start : match.start()], text[match.end() : match.end() + 80].lstrip()
     if re.fullmatch(r"\s*\(?\d{1,2}", before) and after:
         return False  # a list number on its own: it belongs to what follows
-    if re.search(r"(?<!\S)\d+$", before[-40:]) and re.match(r"\d+\s*(?:cm|mm|x)\b", after):
+    if before[-1:].isdigit() and re.search(r"(?<!\S)\d+$", before[-40:]) and re.match(r"\d+\s*(?:cm|mm|x)\b", after):
         return False  # "2. 5 cm"
     if match.group() != ".":
         return True
-    word = _LAST_WORD.search(before, max(0, len(before) - 40))
+    word = _LAST_WORD.search(before, max(before.rfind(" ") + 1, len(before) - 40))
     if word is None:
         return True
     last, following = word[1].lower(), after[:1]
