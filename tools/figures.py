@@ -1,7 +1,8 @@
-"""Measure what the README promises: the demo, real radiographs and reports, and the cost of importing.
+"""Measure what the README promises: the demo, real radiographs and reports, label rules, and the cost of importing.
 
     python tools/figures.py demo --work FOLDER
     python tools/figures.py real --data FOLDER --work FOLDER --seeds 0 1 2
+    python tools/figures.py labeller --data FOLDER
     python tools/figures.py import
 
 Each writes `benchmarks/NAME.json` with command, commit, machine and date. `--data` names a folder with
@@ -16,10 +17,13 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from medclip_lab.data.mesh import agreement, agreement_table, developed_on
+from medclip_lab.data.sources.openi import openi_samples
 from medclip_lab.doctor import commit, cpu_name, memory_gib
 from medclip_lab.inference.bundle import versions
 
@@ -71,6 +75,22 @@ def real(args: argparse.Namespace) -> dict[str, Any]:
     return {"split": args.split, "mean": mean, "seeds": seeds}
 
 
+def labeller(args: argparse.Namespace) -> dict[str, Any]:
+    halves: dict[str, list[Any]] = {"held_out": [], "developed_on": []}
+    for sample in openi_samples(args.data / "openi-reports" / "NLMCXR_reports.tgz"):
+        half = "developed_on" if developed_on(sample.study_id) else "held_out"
+        halves[half].append((sample.labels, sample.extra["mesh_labels"]))
+    result = {}
+    for half, pairs in halves.items():
+        rows = agreement(pairs)
+        print(f"{half}, {len(pairs)} reports\n{agreement_table(rows)}", file=sys.stderr)
+        measures = ("precision", "recall", "f1", "precision_strict", "recall_strict", "f1_strict")
+        labels = [asdict(row) | {name: round(getattr(row, name), 3) for name in measures} for row in rows]
+        mean = {name: round(statistics.mean(row[name] for row in labels), 3) for name in measures}
+        result[half] = {"reports": len(pairs), "mean": mean, "labels": labels}
+    return result
+
+
 def imports(_: argparse.Namespace) -> dict[str, Any]:
     def seconds() -> float:
         start = time.monotonic()
@@ -85,7 +105,7 @@ def imports(_: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("demo", "real", "import"))
+    parser.add_argument("what", choices=("demo", "real", "labeller", "import"))
     parser.add_argument("--work", type=Path, default=Path("runs/figures"), help="folder for what is made on the way")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--split", default="test", help="use val while anything is still being chosen")
@@ -101,7 +121,7 @@ def main() -> None:
         "machine": {"cpu": cpu_name(), "memory_gib": memory_gib(), "platform": platform.platform()},
         "versions": versions(),
     }
-    facts["result"] = {"demo": demo, "real": real, "import": imports}[args.what](args)
+    facts["result"] = {"demo": demo, "real": real, "labeller": labeller, "import": imports}[args.what](args)
     out = args.out or ROOT / "benchmarks" / f"{args.what}.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(facts, indent=2) + "\n")

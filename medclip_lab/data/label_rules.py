@@ -1,8 +1,8 @@
-"""Vocabulary of the labeller: what names a finding, an organ and its state, a negation, a doubt, and MeSH terms.
+"""Vocabulary of the labeller: what names a finding, an organ, its state and a normal study.
 
-Terms are regular expressions over a lower-case sentence with single blanks. A term is added here; the logic stands in
-`labeller`. The words are ours, for radiographs of the chest. The ideas are known: cues with a scope are NegEx's
-(Chapman et al., J Biomed Inform 2001), the fourteen observations CheXpert's (Irvin et al., AAAI 2019).
+Terms are regular expressions over a lower-case sentence with single blanks. A term is added here; negations and doubts
+stand in `label_cues`, the logic in `labeller`. The words are ours, for radiographs of the chest; the fourteen
+observations are CheXpert's (Irvin et al., AAAI 2019).
 """
 
 import re
@@ -18,11 +18,16 @@ HEDGED = "?"
 """Ends a label whose term is itself only a hint: what blunts a costophrenic angle may be fluid, or a scar."""
 
 # ---------------------------------------------------------------------------------------------------------- mentions
-_PLACE = r"(?:bi-?basilar|basilar|basal|bases?|lobes?|retrocardiac|\w*hilar|lingular?|apical|apex|mid-?lung|lungs?)"
+_PLACE = (
+    r"(?:bi-?basilar|basilar|basal|bases?|lobes?|retrocardiac|\w*hilar|lingular?|apical|apex|mid-?lung|lungs?|"
+    r"costo-?phrenic)"
+)
 _VAGUE = (
     r"(?:increas\w+|ill[- ]defined|patchy|vague|streaky|linear|focal|alveolar|parenchymal|pulmonary|subtle|abnormal)"
 )
 _SULCUS = r"(?:costo-? ?(?:phrenic|diaphragmatic)(?: \w+)?|cp|sulc\w+)"
+_ELSEWHERE = r"splenic|spleen|hepatic|liver|renal|kidney|adrenal|abdominal|abdomen|thyroid|breast|chest wall"
+_OR_SCAR = r"(?: ?(?:and|or|/) ?scar\w*)?"
 _HARDWARE = r"(?:sternotomy|wires?|leads?|catheters?|hardware|screws?|rods?|plates?)"
 
 # Labels -> terms. The first entry that matches at a place wins. An entry without labels only keeps its words from the
@@ -34,6 +39,10 @@ _MENTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
             r"peri-?cardial (?:or pleural )?(?:effusion|fluid)s?",
             r"(?:joint|knee|elbow) effusions?",
             r"mass effect|body mass|(?:nipple|skin) (?:shadow|fold)s?|nipple markers?|pleural (?:line|margin)s?",
+            r"nodul\w+(?: \w+){0,9} (?:nipple|skin) (?:shadow|fold|marker)s?",  # what it is taken for and what it is
+            r"(?:thoracic|chest|pleural|abdominal|peritoneal|oral|nasal) cavit(?:y|ies)",
+            rf"(?:{_ELSEWHERE})(?: \w+)? (?:granuloma(?:s|ta)?|mass(?:es)?|nodules?|lesions?)",
+            rf"(?:granuloma(?:s|ta)?|mass(?:es)?|nodules?|lesions?) (?:in|of|within) the (?:{_ELSEWHERE})\b",
             r"(?:bon[ye]|osseous|lytic|sclerotic|blastic|skeletal|ribs?|vertebral|skin)(?: \w+)?"
             r" (?:lesions?|mass(?:es)?)",
             r"(?:soft tissue|subcutaneous|chest wall|laryngeal|peripheral|cerebral) edema",
@@ -61,10 +70,10 @@ _MENTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         (
             r"pleuro-? ?parenchymal(?: \w+){0,2}? (?:scar\w*|thickening|fibrosis|disease|opacit\w+|changes?)",
             r"pleural?(?:[ /-]+(?:and|or|parenchymal|based|peripheral))*(?: \w+){0,2}?[ -]"
-            r"(?:thickening|scar\w*|plaques?|calcification\w*|fibrosis|capping)",
+            rf"(?:thickening|scar\w*|plaques?|calcification\w*|fibrosis|capping){_OR_SCAR}",
             r"(?:thickening|scarring|plaques?|calcifications?) (?:of|in|along|involving)(?: the)?(?: \w+)?"
             r" (?:pleura|fissure)",
-            r"(?:fissur\w+|(?:bi-?)?apical) (?:cap(?:s|ping)?|thickening)\b",
+            rf"(?:fissur\w+|(?:bi-?)?apical)(?: \w+)? (?:cap(?:s|ping)?|thickening)\b{_OR_SCAR}",
             r"fibro-?thorax",
         ),
     ),
@@ -77,7 +86,15 @@ _MENTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ),
     ),
     ((CONSOLIDATION,), (r"consolidat\w+",)),
-    ((PNEUMONIA,), (r"(?:broncho-?|pleuro-?)?pneumonias?\b", r"pneumonic\b", r"(?:super)?infectio(?:ns?|us)\b")),
+    (
+        (PNEUMONIA,),
+        (
+            r"(?:broncho-?|pleuro-?)?pneumonias?\b",
+            r"pneumonic\b",
+            r"(?<!radiation )(?<!hypersensitivity )(?<!chemical )pneumonitis\b",
+            r"(?:super)?infectio(?:ns?|us)\b",
+        ),
+    ),
     (
         (EDEMA,),
         (
@@ -87,6 +104,7 @@ _MENTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
             r"(?:fluid|volume) overload",
             r"cephali[sz]ation",
             r"vascular (?:engorgement|redistribution|prominence|fullness|plethora)",
+            r"pulmonary (?:veins|xxxx) (?:is|are|appears?|remains?) engorged",
             r"kerley\b|septal lines\b|b[- ]lines\b",
         ),
     ),
@@ -119,7 +137,7 @@ _MENTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
             r"(?: \w+){0,4}? interstiti\w+(?: (?:lung )?(?:markings?|patterns?|changes?))?",
             r"(?:coarse\w*|increase[ds]?|prominen\w+|accentuated|abnormal)(?: \w+){0,3}?"
             r" (?:lung|pulmonary|parenchymal|bronchovascular) markings",
-            r"interstitial (?:\w+ )?"
+            r"interstitial (?:(?!o?edema)\w+ )?"
             r"(?:prominence|thickening|accentuation|coarsening|fibrosis|patterns?|changes?|abnormalit\w+)",
             r"(?:interstitial|pulmonary|lung|parenchymal) markings (?:\w+ ){0,4}?"
             r"(?:prominent|increased|coarse\w*|accentuated|thickened)",
@@ -127,7 +145,7 @@ _MENTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
             r"(?:scar(?:s|ring|red)?|cicatri\w+)\b",
             rf"(?:{_VAGUE}|{_PLACE})(?: (?!nodular|round|oval|ovoid|calcif|bon|soft|metal)\w+){{0,2}}?"
             r" densit(?:y|ies)",
-            rf"densit(?:y|ies) (?:\w+ ){{0,5}}?{_PLACE}\b",
+            rf"densit(?:y|ies),? (?:\w+ ){{0,5}}?{_PLACE}\b",
         ),
     ),
     ((CM,), (r"cardiomegaly",)),
@@ -145,6 +163,7 @@ _MENTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
             r"(?: venous| access)? lines?\b|lines and tubes",
             r"(?:port-?a-?cath|portacath|med-?i-?port)s?",
             r"(?:chest|chest wall|infusion|subclavian|jugular|power|access)[- ]ports?\b",
+            r"(?:ivc|surgical) xxxx\b",  # the filter, the clips
             r"(?:sternotomy|wires?|sutures?|clips?|staples?|stents?|endografts?|hardware|screws?|rods?|occluder)\b",
             r"plates?\b(?![- ]?like)|instrumentation\b|(?:bone|suture) anchors?",
             r"(?:prosthe|arthroplast|annuloplast|valvuloplast)\w*",
@@ -167,20 +186,20 @@ def _any(terms: Iterable[str]) -> str:
     return "|".join(f"(?:{term})" for term in terms)
 
 
-def _named(groups: dict[str, str]) -> re.Pattern[str]:
+def named(groups: dict[str, str]) -> re.Pattern[str]:
     """One pattern whose `lastgroup` tells which of the groups matched; words are matched from their start."""
     return re.compile(
         r"(?:(?<![^\W_])|(?![a-z]))(?:" + "|".join(f"(?P<{name}>{terms})" for name, terms in groups.items()) + ")"
     )
 
 
-MENTION = _named({f"m{number}": _any(terms) for number, (_, terms) in enumerate(_MENTIONS)})
+MENTION = named({f"m{number}": _any(terms) for number, (_, terms) in enumerate(_MENTIONS)})
 LABELS_OF = {f"m{number}": labels for number, (labels, _) in enumerate(_MENTIONS)}
 
 # ---------------------------------------------------------------------------------------------- organs and their state
 # Organs whose state an adjective tells ("the heart is enlarged", "normal mediastinum"). "other" are those that take an
 # adjective away from the ones we label: "the aorta is enlarged", "enlarged lymph nodes", "normal lung volumes".
-ORGAN = _named(
+ORGAN = named(
     {
         "other": r"aort\w+|hil(?:um|a|ar)\b|trachea\w*|(?:hemi)?diaphragms?|abdomen|spine|soft tissues|"
         r"(?:lung )?volumes?|"
@@ -200,12 +219,13 @@ ORGAN = _named(
         r"rib cage|ribs\b|thoracic cage",
     }
 )
-STATE = _named(
+STATE = named(
     {
         "normal": r"(?:(?:upper|top|high)(?:[- ](?:limits?|range))?(?:[- ]of)?(?:[- ]the)?[- ]normal|normal|"
         r"unremarkable|within (?:the )?(?:normal )?(?:limits?|range)(?: of normal)?|non-?enlarged)\b",
         "borderline": r"borderline(?: enlarged| prominent| size)?\b",
-        "enlarged": r"(?:enlarge(?:d|ment)|widen(?:ed|ing)|increased in size)\b",
+        "enlarged": r"(?:enlarge(?:d|ment)|widen(?:ed|ing)|increased in size)\b|"
+        r"large\b(?=[.,;]|$| (?:heart|cardiac|in size|and|but)\b)",  # as a predicate, or right before the heart
         "prominent": r"prominen(?:t|ce)\b",
         "congested": r"(?:engorged|engorgement(?! (?:appears?|is|are) within)|congested|indistinct(?:ness)?|"
         r"accentuat(?:ed|ion)|increased)\b",
@@ -279,100 +299,3 @@ ABNORMAL_STUDY = re.compile(
     r"(?<!no )(?<!not )\babnormal (?:\w+ )?(?:chest(?! wall)|study|exam(?:ination)?|radiographs?|x-?rays?|films?)\b"
 )
 DOUBT_BEFORE = re.compile(r"\b(?:probabl[ey]|likely|possibl[ey]|presumabl[ey]|questionabl[ey])(?: \w+)? $")
-
-# ---------------------------------------------------------------------------------------------------------------- cues
-_DEGREE = (
-    r"(?:significant(?:ly)? |interval |appreciabl[ey] |definitel?y? |acute(?:ly)? |obvious(?:ly)? |substantial(?:ly)? |"
-    r"marked(?:ly)? |xxxx |radiographic(?:ally)? |clearly |well[ -])*"
-)
-_SEEN = (
-    r"(?:seen|identified|visuali[sz]ed|evident|present|apparent|appreciated|demonstrated|noted|observed|detected|found|"
-    r"visible|shown|suspected)"
-)
-_NOT_EXCLUDED = (
-    r"(?:can ?not|could not|can't|not|difficult to|unable to)"
-    r"(?: (?:be|entirely|completely|fully|confidently|definitely|reliably|totally|absolutely))* "
-    r"(?:exclude[ds]?|ruled? ?-?out)"
-)
-# Tried in this order. "..._post" speak of the mentions before them, the others of those that follow.
-CUE = _named(
-    {
-        # Words that look like a negation and are none.
-        "pseudo": rf"(?:no|without|not)(?: evidence of| any)? {_DEGREE}(?:chang\w+|worse\w*|increas\w+|decreas\w+|"
-        r"improv\w+|progress\w+|difference|enlargement of (?:the )?(?!heart|cardi|medias))\b|not only\b|gram negative",
-        "skip_post": r"(?:may|might|could|can) not (?:be )?(?:well )?"
-        r"(?:demonstrated|visuali[sz]ed|detected|seen|visible|evident)",
-        "unsure_post": r"(?:is|are|remains?|be) (?:also )?"
-        r"(?:possible|suspected|questioned|considered|likely|probable|equivocal|unlikely|less likely)\b"
-        r"|(?:should|could|can) be considered|(?:is|are) (?:a possibility|a consideration|in the differential)"
-        rf"|{_NOT_EXCLUDED}(?=[.,; ]*$| (?:on|at|by|in|given|with\w*|clinically|entirely|completely)\b)"
-        r"|(?:less likely|unlikely)\b(?=[ .,]*$)",
-        "no_post": r"(?:is|are|was|were|has|have)(?: been)? (?:now )?(?:completely |totally |essentially |since )?"
-        r"(?:resolved|cleared|removed|absent|ruled out|excluded|gone)\b"
-        rf"|(?:not|no longer) {_DEGREE}{_SEEN}\b|: (?:none|no|absent|negative)\b|resolved(?=[ .]*$)",
-        "unsure_list": r"differential",
-        "unsure": rf"{_NOT_EXCLUDED}|may\b|might\b|could\b|can be\b|possib(?:le|ly|ility)|probabl[ey]|potential(?:ly)?|"
-        r"likely|presum\w+|perhaps|suspected|suspect\b|suspicio(?:n|us) (?:for|of)|question(?:able|ed)?\b|equivocal|"
-        r"suggest\w*|concern\w* (?:for|of|about)|worr(?:y|isome) (?:for|about)|favor\w*|borderline|\? ?|"
-        r"xxxx (?:to )?(?:represent|reflect|secondary|due|related)\w*|(?:most|more|less) xxxx|indeterminate|unclear",
-        "versus": r"versus\b|vs\b\.?",
-        # What is asked, planned or past tells nothing of this image.
-        "skip": r"(?:history|hx) of|h/o|(?:rule|r)[ /-]?(?:out|o)\b|(?:may|could) obscure|"
-        r"to (?:\w+ )?(?:exclude|evaluate|assess|identify)(?: for)?|"
-        r"(?:evaluat\w+|assess\w*|look|looking|search|screening|workup)(?: for| of)|exclude\b|"
-        r"(?:ensure|document|confirm|show|demonstrate|assess|until|to) (?:complete )?(?:resolution|clearing)(?: of)?|"
-        r"if\b(?: there (?:is|are))?|no (?:other|additional|further)\b|please note",
-        "no": r"(?:interval |complete )*(?<!near )(?<!near-)(?<!partial )(?<!near complete )(?<!near-complete )"
-        r"(?<!incomplete )(?:resolution|clearing|removal) of|(?<!not )(?<!partially )(?<!incompletely )resolved|no\b|"
-        r"not\b|without\b|none\b|negative for|(?:free|clear) (?:of|from)|absen(?:t|ce)(?: of)?|lack of|neither|nor\b",
-        "end": r";|:|\. | - |–|—|but\b|however|(?:al)?though\b|except(?:ing)?\b|apart from|aside from|other than|"
-        r"besides|otherwise|while\b|whereas|yet\b|despite|(?<!consistent )(?<!compatible )(?<!associated )(?<!keeping )"
-        r"with\b|which\b|still\b|there (?:is|are)\b|again\b",
-    }
-)
-
-# A verb after the last comma or "and" starts a clause of its own, in which the cue before it does not hold; so does an
-# adjective that only a finding that is there can have.
-VERB = re.compile(r"\b(?:is|are|was|were|has|have|had|appears?|remains?|shows?|demonstrates?)\b")
-FRESH_START = re.compile(
-    r" ?(?:there|the|an?|stable|unchanged|mild\w*|moderate\w*|severe\w*|marked\w*|minimal\w*|slight\w*|small|tiny|"
-    r"trace|persistent|continued|interval|increas\w+|decreas\w+|improv\w+|worsen\w+|new|chronic|old|prior|healed|"
-    r"calcified|low|status|prominent|tortuous|atherosclerotic|degenerative|emphysem\w+|enlarged|borderline|normal|"
-    r"possible|probable|likely|(?P<side>left|right|bilateral|bi-?basilar))\b"
-)
-# Between two mentions that are alternatives ("atelectasis or infiltrate", "scarring/atelectasis"), or in one list.
-CHOICE = re.compile(r" ?/ ?|[ ,]*(?:\w+ ){0,3}?(?:(?:and/)?or|versus|vs\.?|/)(?: ?[\w-]+(?: [\w-]+){0,3}?)? ?")
-LISTED = re.compile(r" ?(?:,? ?(?P<joint>and/or|and|or|nor|/)|,) ?(?:(?!with|but)[\w-]+ ){0,4}?")
-
-# ---------------------------------------------------------------------------------------------------------------- MeSH
-_ELSEWHERE = (
-    r"(?!.*/(?:abdomen|breast|neck|shoulder|spine|ribs?|thoracic vertebrae|humerus|clavicle|sternum|mediastinum|aorta|"
-    r"skin))"
-)
-_MESH: tuple[tuple[tuple[str, ...], str], ...] = (
-    ((CM,), r"cardiomegaly|(?:cardiac shadow|heart)/.*(?:enlarged|borderline)"),
-    ((EC,), r"mediastinum/(?!.*(?:lymph nodes|blood vessels)).*(?:prominent|enlarged)"),
-    (
-        (EFFUSION,),
-        r"pleural effusion|(?:costophrenic angle|sulcus|pleura)/.*blunted|h(?:ydro|emo)pneumothorax|hemothorax",
-    ),
-    ((PNEUMOTHORAX,), r"(?:hydro|hemo)?pneumothorax"),
-    ((ATELECTASIS,), r"(?:pulmonary )?atelectasis|volume loss"),
-    ((CONSOLIDATION,), r"consolidation"),
-    ((PNEUMONIA,), r"pneumonia\b"),
-    ((EDEMA,), r"pulmonary edema|pulmonary congestion|heart failure"),
-    (
-        (LESION,),
-        rf"{_ELSEWHERE}(?:nodule|mass\b|(?:calcified )?granuloma\b|neoplasm|cavitation|(?:density|opacity)/.*round)",
-    ),
-    ((OPACITY,), rf"{_ELSEWHERE}(?:opacity|infiltrate|airspace disease|lung diseases, interstitial)"),
-    ((OPACITY,), rf"{_ELSEWHERE}density/(?!.*round)(?:lung|retrocardiac|right|left|costophrenic)"),
-    ((OPACITY,), r"markings/.*interstitial|cicatrix(?!.*/(?:pleura|breast|ribs))"),
-    ((PLEURAL,), r"(?:thickening|cicatrix|calcinosis)/.*pleura"),
-    ((FRACTURE,), r"fractures, bone"),
-    ((SUPPORT_DEVICES,), r"catheters, indwelling|implanted medical device|medical device|surgical instruments"),
-    ((SUPPORT_DEVICES,), r"tube, inserted|stents|sutures|spinal fusion"),
-)
-MESH = tuple((re.compile(pattern), labels) for labels, pattern in _MESH)
-MESH_SILENT = ("no indexing", "technical quality of image unsatisfactory")
-"""Terms that say nothing of the chest."""

@@ -1,13 +1,21 @@
 """The fourteen CheXpert observations read from report text by rules that know negation and doubt.
 
-What the rules decide (the words are in `label_rules`):
+What the rules decide (the words are in `label_rules` and `label_cues`):
 
-* A mention is present, absent after a negation ("no", "without", "free of", "is not seen", "has resolved", "removal
-  of") or uncertain after a doubt. Doubt is "possible", "may", "suggests", "concerning for", "cannot exclude", and also
-  "likely", "probable", "unlikely" and the members of "A or B", "A versus B", "A/B". "Consistent with" and "compatible
-  with" are present. Within a sentence and over sentences present wins over uncertain, uncertain over absent.
-* "No large effusion", "no acute fracture", "no new opacity" are absent; "no change in" and "not increased" negate
-  nothing; "history of", "rule out", "to exclude", "evaluate for", "if ..." mention nothing.
+* A mention is present, absent after a negation ("no", "without", "free of", "is not seen", "no longer seen", "has
+  resolved", "removal of") or uncertain after a doubt. Doubt is "possible", "may", "suggests", "thought to", "concerning
+  for", "cannot exclude", "in the appropriate clinical setting", and also "likely", "probable", "unlikely", "rather
+  than" and the members of "A or B", "A versus B", "A/B" and of a differential. "Consistent with" and "compatible with"
+  are present. Within a sentence and over sentences present wins over uncertain, uncertain over absent.
+* A cue holds over an enumeration, up to a semicolon, a "but", a verb or an adjective of what is there ("no effusion,
+  stable cardiomegaly"). A cue after its mentions holds for the nearest one and those listed with it.
+* "No large effusion", "no acute fracture", "no new opacity" are absent; "no change in", "not increased", "not
+  resolved", "nearly resolved", "not without" negate nothing.
+* What is past, asked for or only supposed mentions nothing: "history of", "treated pneumonia", "rule out", "evaluate
+  for", "correlate for", "CT is more sensitive for", "if ...", "in case of". An old fracture is seen, a past pneumonia
+  is not.
+* What is elsewhere or is explained is no finding: a granuloma of the spleen, a mass of the chest wall, a nodule that is
+  a nipple shadow, the thoracic cavity.
 * Normal organs deny: lungs clear or normal -> Lung Opacity, Consolidation; heart -> Cardiomegaly; mediastinum ->
   Enlarged Cardiomediastinum; cardiomediastinum -> both; pulmonary vessels -> Edema (their congestion is Edema); pleural
   spaces -> Pleural Effusion, Pneumothorax; costophrenic sulci -> Pleural Effusion; bones intact -> Fracture. One clear
@@ -26,6 +34,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from medclip_lab.data import label_cues
 from medclip_lab.data import label_rules as rules
 from medclip_lab.data.findings import ABSENT, CHEXPERT14, NO_FINDING, PRESENT, SUPPORT_DEVICES, UNCERTAIN, Labels
 from medclip_lab.data.report import parse_sections, split_sentences
@@ -66,7 +75,7 @@ def label_sentence(sentence: str) -> dict[str, int]:
     if states:
         mentions = sorted([*mentions, *states], key=lambda mention: mention.start)
     if mentions:
-        _apply_cues(text, mentions, [_Cue(str(m.lastgroup), m.start(), m.end()) for m in rules.CUE.finditer(text)])
+        _apply_cues(text, mentions, [_Cue(str(m.lastgroup), m.start(), m.end()) for m in label_cues.CUE.finditer(text)])
     found: dict[str, set[int]] = {}
     for mention in mentions:
         for label in mention.labels if mention.state != "skip" else ():
@@ -201,7 +210,7 @@ def _organ_states(text: str) -> tuple[list[str], list[_Mention]]:
         elif event.kind == "organ":
             gap = text[last : event.start]
             starts_clause = bool(adjective and last > adjective.end and _VERB_NEXT.match(text, event.end))
-            if adjective and gap.count(" ") <= 5 and not starts_clause and not rules.VERB.search(gap):
+            if adjective and gap.count(" ") <= 5 and not starts_clause and not label_cues.VERB.search(gap):
                 say(adjective, [event])
                 taken.append(event)
             else:
@@ -241,7 +250,7 @@ def _apply_cues(text: str, mentions: list[_Mention], cues: list[_Cue]) -> None:
     for first, second in pairwise(mentions):
         gap = text[first.end : second.start]
         differ = first.labels and second.labels and first.labels != second.labels
-        if differ and rules.CHOICE.fullmatch(gap) and not rules.VERB.search(gap):
+        if differ and label_cues.CHOICE.fullmatch(gap) and not label_cues.VERB.search(gap):
             for mention in (first, second):
                 if not mention.state and SUPPORT_DEVICES not in mention.labels:
                     mention.state = "unsure"
@@ -287,13 +296,13 @@ def _reaches(text: str, cue: _Cue, position: int) -> bool:
     """Whether the scope of `cue` goes on to `position`, over the commas and "and"s between."""
     for joint in _JOINT.finditer(text, cue.end, position):
         member = text[joint.end() : position]
-        fresh = rules.FRESH_START.match(member)
+        fresh = label_cues.FRESH_START.match(member) if cue.kind != "unsure_list" else None
         if joint.group() == "and":
-            if (fresh and not fresh["side"]) or rules.VERB.search(member.partition(",")[0]):
+            if (fresh and not fresh["side"]) or label_cues.VERB.search(member.partition(",")[0]):
                 return False
         else:
             listed = _ALTERNATIVE.search(text[joint.end() : position + 60].partition(";")[0])
-            if rules.VERB.search(member) or (fresh and not listed):
+            if label_cues.VERB.search(member) or (fresh and not listed):
                 return False
             if cue.kind not in ("no", "unsure_list") and not listed:
                 return False
@@ -314,12 +323,12 @@ def _apply_backward(text: str, mentions: list[_Mention], cues: list[_Cue], cue: 
     closed = False  # a list ends in "and" or "or"; only then do the commas before it go on with it
     while cue.kind != "versus" and nearest > 0:
         gap = text[mentions[nearest - 1].end : mentions[nearest].start]
-        joined = rules.LISTED.fullmatch(gap)
+        joined = label_cues.LISTED.fullmatch(gap)
         closed |= bool(joined and joined["joint"])
         same = (
             mentions[nearest - 1].labels == mentions[nearest].labels and "," not in gap
         )  # "lines compatible with edema"
-        if rules.VERB.search(gap) or not (same or (joined and closed)):
+        if label_cues.VERB.search(gap) or not (same or (joined and closed)):
             break
         nearest -= 1
         group.append(mentions[nearest])

@@ -111,6 +111,19 @@ def report_text(sections: Mapping[str, str]) -> str:
     return " ".join(dict.fromkeys(part for part in parts if part))
 
 
+MARK = r"(?:_{2,}|\[\*\*.*?\*\*\]|(?-i:X{3,}))"
+"""What de-identification leaves in the place of a name or a date: underscores in MIMIC-CXR, `[** ... **]` in MIMIC-III,
+capital X in Open-i."""
+_MARKS = re.compile(rf"(?:\b\w-)?{MARK}(?:'s\b)?(?:[ ,/-]*{MARK}(?:'s\b)?)*")  # "x-XXXX" is one mark
+
+
+def replace_marks(text: str, instead: str = "") -> str:
+    """The text with every mark of de-identification, or row of marks, replaced; one blank where nothing replaces it."""
+    if instead:
+        return _MARKS.sub(lambda _: instead, text)
+    return re.sub(r" +(?=[.,;:)]|$)|(?<=\() +", "", " ".join(_MARKS.sub(" ", text).split()))
+
+
 # No sentence ends after these, whatever follows.
 _NEVER_LAST = frozenset(
     {"dr", "mr", "mrs", "ms", "prof", "vs", "cf", "approx", "e.g", "i.e", "eg", "ie", "fig", "viz", "incl", "resp"}
@@ -183,11 +196,11 @@ def _ends_sentence(text: str, start: int, match: re.Match[str]) -> bool:
     before, after = text[start : match.start()], text[match.end() : match.end() + 80].lstrip()
     if re.fullmatch(r"\s*\(?\d{1,2}", before) and after:
         return False  # a list number on its own: it belongs to what follows
-    if re.search(r"(?<!\S)\d+$", before[-40:]) and re.match(r"\d+\s*(?:cm|mm|x)\b", after):
+    if before[-1:].isdigit() and re.search(r"(?<!\S)\d+$", before[-40:]) and re.match(r"\d+\s*(?:cm|mm|x)\b", after):
         return False  # "2. 5 cm"
     if match.group() != ".":
         return True
-    word = _LAST_WORD.search(before, max(0, len(before) - 40))
+    word = _LAST_WORD.search(before, max(before.rfind(" ") + 1, len(before) - 40))
     if word is None:
         return True
     last, following = word[1].lower(), after[:1]

@@ -170,6 +170,70 @@ Consolidation with air bronchograms is suspected. | Consolidation=-1
 Effusion, consolidation and pneumothorax are not seen. | Pleural Effusion=0, Consolidation=0, Pneumothorax=0
 Small effusion, pneumothorax is not seen. | Pleural Effusion=1, Pneumothorax=0
 No effusion, left base opacity may represent pneumonia. | Pleural Effusion=0, Lung Opacity=1, Pneumonia=-1
+The heart is large. | Cardiomegaly=1
+Large heart, clear lungs. | Cardiomegaly=1, Lung Opacity=0, Consolidation=0
+Heart size is stable, large hiatal hernia. |
+The heart is normal and there is a large effusion. | Cardiomegaly=0, Pleural Effusion=1
+The pulmonary XXXX are engorged. | Edema=1
+Interstitial edema pattern. | Edema=1
+Aspiration pneumonitis. | Pneumonia=1
+Radiation pneumonitis. |
+Left apical pleural thickening or scarring. | Pleural Other=1
+Biapical nodular thickening. | Pleural Other=1
+Densities, left lung base. | Lung Opacity=1
+Density at the left costophrenic angle. | Lung Opacity=1
+Calcified splenic granulomas. |
+Granulomas within the liver. |
+Soft tissue mass of the abdomen and a lung mass. | Lung Lesion=1
+The tip lies outside the thoracic cavity. |
+Nodular densities over both bases consistent with nipple shadows. |
+No nodule, nipple shadows are seen. | Lung Lesion=0
+Limited evaluation of the aortic stent. | Support Devices=1
+Surgical XXXX overlie the abdomen. | Support Devices=1
+The lungs are clear airspace disease. | Lung Opacity=0, Consolidation=0
+The effusion has nearly resolved. | Pleural Effusion=1
+Almost completely resolved right pneumothorax. | Pneumothorax=1
+Effusion nearly resolved. | Pleural Effusion=1
+The effusion has not resolved. | Pleural Effusion=1
+No resolution of the effusion. | Pleural Effusion=1
+The opacity has not cleared. | Lung Opacity=1
+The catheter has not been removed. | Support Devices=1
+Consolidation, atelectasis and effusion have cleared. | Consolidation=0, Atelectasis=0, Pleural Effusion=0
+The previously seen effusion has resolved. | Pleural Effusion=0
+Previously noted opacity is no longer identified. | Lung Opacity=0
+No longer seen is the right effusion. | Pleural Effusion=0
+Small nodule, not seen on the prior radiograph. | Lung Lesion=1
+There is no longer a pneumothorax. | Pneumothorax=0
+No residual pneumothorax. | Pneumothorax=0
+Not without effusion. | Pleural Effusion=1
+No right effusion, small left effusion. | Pleural Effusion=1
+No pneumothorax on the left, small effusion on the right. | Pneumothorax=0, Pleural Effusion=1
+The right effusion has resolved, the left effusion persists. | Pleural Effusion=1
+No effusion on either side. | Pleural Effusion=0
+No effusion, consolidation, pneumothorax. | Pleural Effusion=0, Consolidation=0, Pneumothorax=0
+No effusion and no pneumothorax. | Pleural Effusion=0, Pneumothorax=0
+No effusion/pneumothorax. | Pleural Effusion=0, Pneumothorax=0
+Pneumothorax: absent. Effusion: small. | Pneumothorax=0, Pleural Effusion=1
+Pneumonia cannot be ruled out. | Pneumonia=-1
+The possibility of pneumonia cannot be entirely excluded. | Pneumonia=-1
+Opacity thought to reflect atelectasis. | Lung Opacity=1, Atelectasis=-1
+Atelectasis rather than pneumonia. | Atelectasis=1, Pneumonia=-1
+Compatible with but not diagnostic of pneumonia. | Pneumonia=-1
+Doubtful left effusion. | Pleural Effusion=-1
+Atypical infection is another consideration. | Pneumonia=-1
+Differential considerations include infection and mild edema. | Pneumonia=-1, Edema=-1
+In the appropriate clinical setting this is compatible with pneumonia. | Pneumonia=-1
+R/o pneumothorax. |
+Correlate clinically for signs of infection. |
+Patient with known history of lung cancer. |
+History of pneumonia, now with effusion. | Pleural Effusion=1
+Status post treatment for pneumonia. |
+Scarring from prior tuberculous infection. | Lung Opacity=1
+Prior fracture of the left clavicle. | Fracture=1
+Computed tomography is more sensitive for small nodules. |
+In case of pneumothorax a chest tube is advised. |
+Should pneumothorax be suspected, repeat the film. |
+Edema should be considered. | Edema=-1
 Probably normal study. | No Finding=-1
 Abnormal chest radiograph. | No Finding=0
 """

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medclip_lab.data.report import SECTION_HEADERS, parse_sections, report_text, split_sentences
+from medclip_lab.data.report import SECTION_HEADERS, parse_sections, replace_marks, report_text, split_sentences
 
 REMOVED = "_" * 3  # a mark of de-identification
 
@@ -70,6 +70,28 @@ def test_report_text_is_findings_then_impression() -> None:
     assert report_text(sections) == "Clear lungs. Normal."
     assert report_text({"findings": "Normal.", "impression": "Normal."}) == "Normal."
     assert report_text({"indication": "Cough."}) == ""
+
+
+@pytest.mark.parametrize(
+    "text, dropped, masked",
+    [
+        (f"Told to Dr. {REMOVED} at {REMOVED}.", "Told to Dr. at.", "Told to Dr. [MASK] at [MASK]."),
+        (f"Seen by {REMOVED}, {REMOVED}{REMOVED}, now.", "Seen by, now.", "Seen by [MASK], now."),
+        ("Compared to [**2101-3-4**] and [** Name **].", "Compared to and.", "Compared to [MASK] and [MASK]."),
+        ("The XXXX XXXX is clear.", "The is clear.", "The [MASK] is clear."),
+        ("Chest x-XXXX of XXXX's heart (XXXX).", "Chest of heart ().", "Chest [MASK] of [MASK] heart ([MASK])."),
+        ("T12, ax_b, 3 xx and XX stay.", "T12, ax_b, 3 xx and XX stay.", "T12, ax_b, 3 xx and XX stay."),
+        (REMOVED, "", "[MASK]"),
+    ],
+)
+def test_marks_of_deidentification(text: str, dropped: str, masked: str) -> None:
+    assert replace_marks(text) == dropped
+    assert replace_marks(text, "[MASK]") == masked
+
+
+@given(TEXTS)
+def test_no_mark_is_left(text: str) -> None:
+    assert not re.search(r"_{2}|XXX|\[\*\*.*\*\*\]", replace_marks(text.replace("\n", " ")))
 
 
 @pytest.mark.parametrize(
