@@ -1,6 +1,6 @@
 """From shards to batches: which studies, which of their images and sentences, decoded, augmented, tokenized.
 
-A batch is a dict: "image" float32 [N, C, H, W] in [0, 1], "text" int64 [M, L], "image_labels" [N, K] and
+A batch is a dict: "image" uint8 [N, C, H, W], "text" int64 [M, L], "image_labels" [N, K] and
 "text_labels" [M, K] (1, 0, -1, NaN for not mentioned), "image_id" and "text_id" (study ids of the rows) and
 "patient_id" of the images. A modality that a study lacks has no row: N and M may differ, and then rows are no pairs.
 """
@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import _shuffle as shuffle_buffer
 
+from medclip_lab.data.augment import AugmentConfig, augment, crop_box
 from medclip_lab.data.decode import DecodeError, decode_image
 from medclip_lab.data.findings import CHEXPERT14
 from medclip_lab.data.order import epoch_of_studies, samples_per_rank
-from medclip_lab.data.preprocess import AugmentConfig, Preprocess, PreprocessConfig, augment, stack
+from medclip_lab.data.preprocess import Preprocess, PreprocessConfig, stack
 from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.shards import Manifest, Shard
 from medclip_lab.data.text import Rarity, TextConfig, draw_text
@@ -62,6 +63,9 @@ class DataConfig:
     text: TextConfig = field(default_factory=TextConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    scaled_decode: bool = True
+    """In training a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that still covers `preprocess.size`;
+    validation and bundles decode every pixel."""
     shuffle_size: int = 2048
     """Studies in the buffer that mixes shards."""
     workers: int = 1
@@ -205,7 +209,9 @@ class BatchStream(IterableDataset[Batch]):
     def batch(self, studies: list[dict[str, Any]], step: int) -> Batch:
         """Decode, augment and tokenize the studies of a step; unusable images are quarantined and left out."""
         chance = random.Random(f"batch {self.seed} {self.rank} {step}")
+        changes = random.Random(f"augment {self.seed} {self.rank} {step}")
         images: list[Tensor] = []
+        seeds: list[int] = []
         image_labels, image_ids, patients = [], [], []
         texts, text_labels, text_ids = [], [], []
         for study in studies:
@@ -213,10 +219,11 @@ class BatchStream(IterableDataset[Batch]):
             if study["images"]:
                 suffix, data = chance.choice(study["images"]) if self.training else study["images"][0]
                 try:
-                    images.append(self.preprocess(decode_image(data, suffix)))
+                    images.append(self._image(data, suffix, seed := changes.getrandbits(63)))
                 except DecodeError as error:
                     self.quarantine.add(study["__shard__"], study["__key__"], "unreadable image", str(error))
                     continue  # without its image the text would shift every later pair by a row
+                seeds.append(seed)
                 image_labels.append(self._vector(record.get("labels") or {}))
                 image_ids.append(record["study_id"])
                 patients.append(record["patient_id"])
@@ -236,12 +243,18 @@ class BatchStream(IterableDataset[Batch]):
         if images:
             pixels = stack(images)
             if self.training:
-                generator = torch.Generator().manual_seed(chance.getrandbits(48))
-                pixels = augment(pixels, self.config.augment, generator)
+                pixels = augment(pixels, self.config.augment, seeds)
             batch |= {"image": pixels, "image_labels": torch.tensor(image_labels)}
         if texts:
             batch |= {"text": self.tokenizer(texts), "text_labels": torch.tensor(text_labels)}
         return batch
+
+    def _image(self, data: bytes, suffix: str, seed: int) -> Tensor:
+        if not self.training:
+            return self.preprocess(decode_image(data, suffix))
+        box = crop_box(self.config.augment, seed)
+        at_least = self.preprocess.at_least(box) if self.config.scaled_decode else None
+        return self.preprocess(decode_image(data, suffix, at_least=at_least), box)
 
     def _vector(self, labels: dict[str, int | None]) -> list[float]:
         values = (labels.get(name) for name in self.config.labels)
