@@ -3,14 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from medclip_lab.bench import bench_losses, contests, draw_losses
+from medclip_lab.bench.losses import bench_losses, contests, draw_losses
 from medclip_lab.cli import main
 from medclip_lab.errors import UserError
 
 
 def test_contestants_compute_the_same() -> None:
     """A ratio between two different things would be none."""
-    from medclip_lab.bench import _inputs, _step
+    from medclip_lab.bench.losses import _inputs, _step
 
     for name, contest in contests().items():
         given = _inputs(contest, 24, 16, "cpu")

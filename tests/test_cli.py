@@ -55,7 +55,20 @@ FLAGS = {
     "index": COMMON | {"embeddings", "--out", "--modality", "--include-text"},
     "search": COMMON | {"bundle", "index", "--text", "--image", "-k"},
     "classify": COMMON | {"bundle", "images", "--labelset"},
-    "bench": COMMON | {"what", "--batch", "--dim", "--device", "--repeats", "--only", "--out"},
+    "bench": COMMON
+    | {
+        "what",
+        "--batch",
+        "--dim",
+        "--device",
+        "--repeats",
+        "--only",
+        "--shards",
+        "--make",
+        "--size",
+        "--samples",
+        "--out",
+    },
     "doctor": COMMON,
 }
 

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +16,74 @@ def add_bench(verbs: Verbs) -> None:
         "bench losses --batch 8192 --dim 768 --out benchmarks/losses.json",
         _run_bench,
     )
-    parser.add_argument("what", choices=["losses"], help="losses: forward and backward beside open_clip's")
-    parser.add_argument("--batch", type=int, default=None, help="rows of features (default: 8192; on a GPU several)")
-    parser.add_argument("--dim", type=int, default=None, help="embed dim (default: 768; on a GPU several)")
-    parser.add_argument("--device", default="cpu", help="cpu: float32; cuda: bfloat16 and the fused kernels")
+    parser.add_argument(
+        "what",
+        choices=["losses", "data"],
+        help="losses: forward and backward beside open_clip's; data: training batches a second beside open_clip's",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=None, help="rows of features (default: 8192; on a GPU several); data: samples (64)"
+    )
     parser.add_argument("--repeats", type=int, default=None, help="timed repetitions of each (default: 5; on a GPU 30)")
-    parser.add_argument("--only", nargs="+", default=None, help="names of losses (default: all)")
-    parser.add_argument("--out", type=Path, default=None, help="file for the JSON; a drawing or a table goes beside it")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="file for the JSON; losses: a drawing or a table beside it"
+    )
+    losses = parser.add_argument_group("losses")
+    losses.add_argument("--dim", type=int, default=None, help="embed dim (default: 768; on a GPU several)")
+    losses.add_argument("--device", default="cpu", help="cpu: float32; cuda: bfloat16 and the fused kernels")
+    losses.add_argument("--only", nargs="+", default=None, help="names of losses (default: all)")
+    data = parser.add_argument_group("data")
+    data.add_argument("--shards", nargs="+", type=Path, default=[], help="folders of shards to read")
+    data.add_argument("--make", nargs="+", default=[], help="sets to make and read: 1024-jpeg, 320-jpeg, 512-png16")
+    data.add_argument("--size", type=int, default=224, help="side of the images in a batch (default: 224)")
+    data.add_argument("--samples", type=int, default=512, help="samples of each set, at most (default: 512)")
 
 
 def _run_bench(args: argparse.Namespace) -> None:
-    from medclip_lab import bench
+    if args.what == "data":
+        _bench_data(args)
+    elif args.device == "cuda":
+        _bench_on_gpu(args)
+    else:
+        _bench_losses(args)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _bench_losses(args: argparse.Namespace) -> None:
+    from medclip_lab.bench.losses import bench_losses, draw_losses
     from medclip_lab.files import write_json
 
-    def tell(line: str) -> None:
-        print(line, file=sys.stderr)
-
-    if args.device == "cuda":
-        _bench_on_gpu(args, tell)
-        return
-    result = bench.bench_losses(
-        args.batch or 8192, args.dim or 768, args.device, args.repeats or 5, args.only, tell
-    )  # fmt: skip
+    result = bench_losses(args.batch or 8192, args.dim or 768, args.device, args.repeats or 5, args.only, _tell)
     result = {"command": args.command, **result}
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, result)
-        bench.draw_losses(result, args.out.with_suffix(".svg"))
+        draw_losses(result, args.out.with_suffix(".svg"))
     say(args, result, "" if args.out is None else f"{args.out}\n{args.out.with_suffix('.svg')}")
 
 
-def _bench_on_gpu(args: argparse.Namespace, tell: Callable[[str], None]) -> None:
+def _bench_data(args: argparse.Namespace) -> None:
+    from medclip_lab.bench.data import bench_data, table
+    from medclip_lab.files import write_json
+
+    result = bench_data(args.shards, args.make, args.size, args.batch or 64, args.samples, args.repeats or 5, _tell)
+    result = {"command": args.command, **result}
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, result)
+    say(args, result, table(result))
+
+
+def _bench_on_gpu(args: argparse.Namespace) -> None:
     from medclip_lab import gpu_bench
     from medclip_lab.files import atomic_file, write_json
 
     sizes = gpu_bench.Sizes.of(args.batch, args.dim, args.repeats, args.only or ())
     result: dict[str, Any] = {"command": args.command}
-    result |= gpu_bench.measure(args.device, "fused", sizes, tell, ("matrix_rate", "speed", "memory"))
+    result |= gpu_bench.measure(args.device, "fused", sizes, _tell, ("matrix_rate", "speed", "memory"))
     table = gpu_bench.markdown(result)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,16 +1,21 @@
-"""Encoded images to 8-bit pixels: decoders by suffix from a short list, sizes checked before decoding."""
+"""Encoded images to pixels: decoders by suffix from a short list, sizes checked before decoding."""
 
 import io
+import struct
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
+from medclip_lab.data.decoded import DEEP_MODES, Decoded, DecodeError, check_size
 from medclip_lab.errors import UserError
 
+__all__ = ["MAX_PIXELS", "DecodeError", "Decoded", "decode_image", "read_image", "suffix_of"]
+
 MAX_PIXELS = 128 * 2**20
+MAX_SCANS = 64  # of a progressive JPEG: each costs a pass over the whole image, however few bytes it has
 PILLOW_FORMATS = {
     "jpg": "JPEG",
     "jpeg": "JPEG",
@@ -19,10 +24,8 @@ PILLOW_FORMATS = {
     "tif": "TIFF",
     "tiff": "TIFF",
 }
-
-
-class DecodeError(ValueError):
-    """An image that cannot be used; the message names the cause and nothing of the image's content."""
+TILE_WIDTH, TILE_LENGTH, PHOTOMETRIC = 322, 323, 262  # tags of TIFF
+WHITE_IS_ZERO = 0
 
 
 def suffix_of(name: str) -> str:
@@ -31,91 +34,102 @@ def suffix_of(name: str) -> str:
     return "nii.gz" if lower.endswith(".nii.gz") else lower.rpartition(".")[2]
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Decode an image file.
+def read_image(path: str | Path, frame: int | None = None) -> Decoded:
+    """Decode an image file; `frame` is needed where it holds several.
 
     Raises:
         UserError: missing or undecodable.
     """
     path = Path(path).expanduser()
     try:
-        return decode_image(path.read_bytes(), suffix_of(path.name))
+        return decode_image(path.read_bytes(), suffix_of(path.name), frame=frame)
     except OSError as error:
         raise UserError(f"image: cannot read {path}: {error.strerror}") from None
     except DecodeError as error:
         raise UserError(f"image: cannot decode {path}: {error}") from None
 
 
-def decode_image(data: bytes, suffix: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An 8-bit Pillow image, mode "L" for greyscale and "RGB" for colour.
+def decode_image(
+    data: bytes,
+    suffix: str,
+    *,
+    frame: int | None = None,
+    at_least: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Decoded:
+    """Pixels as deep as the file has them; greyscale stays one channel.
 
-    More than 8 bits are windowed: DICOM by its own rescale, VOI LUT and photometric interpretation, other formats
-    from their least to their greatest value.
+    Args:
+        frame: which one of several, from 0; None where there is but one.
+        at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is faster, as long as no side gets
+            shorter than this; None decodes every pixel.
+        max_pixels: cap on rows x columns x samples x frames, checked before memory is taken for them.
 
     Raises:
-        DecodeError: unknown suffix, broken data, too many pixels.
+        DecodeError: unknown suffix, broken data, too many pixels, no such frame or no choice between several.
     """
     if suffix == "dcm":
-        return _decode_dicom(data, max_pixels)
+        from medclip_lab.data.dicom import decode_dicom
+
+        return decode_dicom(data, frame, max_pixels)
     if suffix not in PILLOW_FORMATS:
         raise DecodeError(f"no decoder for .{suffix} (known: {', '.join([*PILLOW_FORMATS, 'dcm'])})")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap is stricter
-            image = Image.open(io.BytesIO(data), formats=(PILLOW_FORMATS[suffix],))
-            _check_size(*image.size, max_pixels)
+            warnings.simplefilter("ignore")  # our own cap is stricter, and a warning may quote the file
+            image = _open(data, suffix, frame, max_pixels)
+            if at_least is not None and image.format == "JPEG":
+                image.draft(None, (at_least, at_least))
             image.load()
     except DecodeError:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise whatever they meet in broken files
         raise DecodeError(f"broken {suffix}: {type(error).__name__}") from None
-    return eight_bits(image)
+    inverted = isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
+    return Decoded(image, inverted=inverted and image.mode in DEEP_MODES)  # Pillow itself inverts 8 bits
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """Mode "L" or "RGB" from any other; more than 8 bits are stretched from the least to the greatest value."""
-    if image.mode in ("L", "RGB"):
-        return image
-    if image.mode in ("I;16", "I;16B", "I", "F"):
-        return Image.fromarray(_window(np.asarray(image, dtype=np.float32)))
-    return image.convert("L" if image.mode in ("1", "LA") else "RGB")
+def _open(data: bytes, suffix: str, frame: int | None, max_pixels: int) -> Image.Image:
+    """The image with its header read and checked, and no pixel decoded."""
+    kind = PILLOW_FORMATS[suffix]
+    if kind == "WEBP":
+        # Its decoder takes memory for the canvas as soon as it is opened.
+        check_size(_webp_pixels(data), max_pixels)
+    image = Image.open(io.BytesIO(data), formats=(kind,))
+    check_size(image.width * image.height, max_pixels)
+    if kind == "JPEG":  # further frames, if any, are previews or depth maps of the first
+        if "progressive" in image.info and data.count(b"\xff\xda") > MAX_SCANS:
+            raise DecodeError(f"a progressive JPEG of more than {MAX_SCANS} scans")
+    elif frame is not None:
+        try:
+            image.seek(frame)
+        except EOFError:
+            raise DecodeError(f"no frame {frame}") from None
+        check_size(image.width * image.height, max_pixels)
+    elif getattr(image, "is_animated", False):
+        raise DecodeError("more than one frame: choose one with frame=")
+    if isinstance(image, TiffImageFile):
+        # A tile is decoded whole, however little of it the image needs.
+        check_size(image.tag_v2.get(TILE_WIDTH, 1) * image.tag_v2.get(TILE_LENGTH, 1), max_pixels)
+    return image
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise DecodeError(f"{width} x {height} pixels, more than the cap of {max_pixels}")
+def _webp_pixels(data: bytes) -> int:
+    """Pixels of the canvas and of the largest frame, as the chunks of a WebP tell them."""
+    return max((width * height for width, height in _webp_sizes(data)), default=0)
 
 
-def _window(pixels: "np.ndarray[Any, np.dtype[np.float32]]") -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    """Stretch from least to greatest value over 8 bits; a constant image stays black."""
-    if not np.isfinite(pixels).all():
-        raise DecodeError("pixels that are not finite")
-    low, high = float(pixels.min()), float(pixels.max())
-    scaled = (pixels - low) * (255.0 / (high - low) if high > low else 0.0)
-    eight: np.ndarray[Any, np.dtype[np.uint8]] = np.rint(scaled).astype(np.uint8)
-    return eight
-
-
-def _decode_dicom(data: bytes, max_pixels: int) -> Image.Image:
-    try:
-        import pydicom
-        from pydicom.pixels.processing import apply_rescale, apply_voi_lut
-    except ImportError:
-        raise UserError("DICOM needs pydicom: pip install 'medclip_lab[dicom]'") from None
-    try:
-        dataset = pydicom.dcmread(io.BytesIO(data))
-        rows, columns = int(dataset.Rows), int(dataset.Columns)
-        _check_size(rows * int(dataset.get("NumberOfFrames", 1) or 1), columns, max_pixels)
-        if int(dataset.get("NumberOfFrames", 1) or 1) > 1:
-            raise DecodeError("more than one frame: choose one before")
-        pixels = dataset.pixel_array
-        if pixels.ndim == 3:
-            return Image.fromarray(np.asarray(pixels, dtype=np.uint8)).convert("RGB")
-        values = apply_voi_lut(apply_rescale(pixels, dataset), dataset).astype(np.float32)
-        if dataset.PhotometricInterpretation == "MONOCHROME1":  # low values are bright
-            values = values.max() - values
-    except DecodeError:
-        raise
-    except Exception as error:  # pydicom and its plug-ins raise whatever they meet in broken files
-        raise DecodeError(f"broken DICOM: {type(error).__name__}") from None
-    return Image.fromarray(_window(values))
+def _webp_sizes(data: bytes) -> Iterator[tuple[int, int]]:
+    position = 12
+    while position + 8 <= len(data):
+        name, length = struct.unpack_from("<4sI", data, position)
+        body = data[position + 8 : position + 24]
+        if name == b"VP8X" and len(body) >= 10:
+            yield 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
+        elif name == b"VP8 " and len(body) >= 10:
+            width, height = struct.unpack_from("<HH", body, 6)
+            yield width & 0x3FFF, height & 0x3FFF
+        elif name == b"VP8L" and len(body) >= 5:
+            bits = int.from_bytes(body[1:5], "little")
+            yield 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+        position += 8 + length + length % 2

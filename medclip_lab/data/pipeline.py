@@ -1,8 +1,9 @@
 """From shards to batches: which studies, which of their images and sentences, decoded, augmented, tokenized.
 
-A batch is a dict: "image" float32 [N, C, H, W] in [0, 1], "text" int64 [M, L], "image_labels" [N, K] and
+A batch is a dict: "image" uint8 [N, C, H, W], "text" int64 [M, L], "image_labels" [N, K] and
 "text_labels" [M, K] (1, 0, -1, NaN for not mentioned), "image_id" and "text_id" (study ids of the rows) and
-"patient_id" of the images. A modality that a study lacks has no row: N and M may differ, and then rows are no pairs.
+"patient_id" of the images; with `text.views` 2 also "second_text" [M, L]. A modality that a study lacks has no row: N
+and M may differ, and then rows are no pairs.
 """
 
 import math
@@ -17,14 +18,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from medclip_lab.data.augment import AugmentConfig, augment, crop_box
 from medclip_lab.data.decode import DecodeError, decode_image
 from medclip_lab.data.findings import CHEXPERT14
 from medclip_lab.data.manifest import Manifest, Shard
 from medclip_lab.data.order import Place, Plan, Row, SourceOrder
-from medclip_lab.data.preprocess import AugmentConfig, Preprocess, PreprocessConfig, augment, stack
+from medclip_lab.data.preprocess import Preprocess, PreprocessConfig, stack
 from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.reader import BadSampleError, Reader, Study, labels_in
-from medclip_lab.data.text import Rarity, TextConfig, draw_text
+from medclip_lab.data.text import Rarity, TextConfig, draw_texts
 from medclip_lab.data.tokenizer import Tokenizer
 from medclip_lab.errors import UserError
 
@@ -69,6 +71,9 @@ class DataConfig:
     text: TextConfig = field(default_factory=TextConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    scaled_decode: bool = True
+    """In training a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that still covers `preprocess.size`;
+    validation and bundles decode every pixel."""
     shuffle_size: int = 10_000
     """Studies of a lane that are shuffled together."""
     lanes: int = 1
@@ -228,44 +233,48 @@ class BatchStream(IterableDataset[Batch]):
         """Read, decode, augment and tokenize the rows of a step that are this rank's."""
         images: list[Tensor] = []
         image_labels, image_ids, patients, seeds = [], [], [], []
-        texts, text_labels, text_ids = [], [], []
+        texts, text_labels, text_ids, second = [], [], [], []
         for row in rows:
             chance = random.Random(f"row {self.seed} {step} {row.number}")
             for study in self._studies(row, readers):
                 if not study.images:
                     break
-                image = self._image(study, chance, self.quarantines[row.source])
+                seed = chance.getrandbits(63)
+                image = self._image(study, chance, seed, self.quarantines[row.source])
                 if image is not None:
                     images.append(image)
                     image_labels.append(self._vector(study.record.get("labels") or {}))
                     image_ids.append(study.record["study_id"])
                     patients.append(study.record["patient_id"])
-                    seeds.append(chance.getrandbits(48))
+                    seeds.append(seed)
                     break
             else:
                 continue  # nothing usable stands here; its text alone would shift every later pair by a row
             if self.training:
-                text, labels = draw_text(study.record, self.config.text, chance, self.rarity.get(row.source))
+                drawn = draw_texts(study.record, self.config.text, chance, self.rarity.get(row.source))
             else:
-                text, labels = study.record.get("text") or "", study.record.get("labels") or {}
+                drawn = [(study.record.get("text") or "", study.record.get("labels") or {})]
+            text, labels = drawn[0]
             if text:
                 texts.append(text)
+                second += [view for view, _ in drawn[1:]]
                 text_labels.append(self._vector(labels))
                 text_ids.append(study.record["study_id"])
         if self.config.control == "shuffled_pairs":
             # A shift by a random amount: no text keeps its own image, and each is still used once.
             shift = random.Random(f"pairs {self.seed} {step}").randrange(1, max(len(texts), 2))
             texts, text_labels = texts[shift:] + texts[:shift], text_labels[shift:] + text_labels[:shift]
+            second = second[shift:] + second[:shift]
         batch: Batch = {"image_id": image_ids, "text_id": text_ids, "patient_id": patients}
         if images:
             pixels = stack(images)
             if self.training:
-                generators = (torch.Generator().manual_seed(seed) for seed in seeds)
-                pairs = zip(pixels, generators, strict=True)
-                pixels = torch.cat([augment(image[None], self.config.augment, generator) for image, generator in pairs])
+                pixels = augment(pixels, self.config.augment, seeds)
             batch |= {"image": pixels, "image_labels": torch.tensor(image_labels)}
         if texts:
             batch |= {"text": self.tokenizer(texts), "text_labels": torch.tensor(text_labels)}
+        if second:
+            batch["second_text"] = self.tokenizer(second)
         return batch
 
     def _studies(self, row: Row, readers: dict[str, Reader]) -> Iterator[Study]:
@@ -283,12 +292,14 @@ class BatchStream(IterableDataset[Batch]):
                 if error.fault.cause == "unreadable shard":
                     unreadable.add(place.shard)
 
-    def _image(self, study: Study, chance: random.Random, quarantine: Quarantine) -> Tensor | None:
+    def _image(self, study: Study, chance: random.Random, seed: int, quarantine: Quarantine) -> Tensor | None:
         """One image of a study: the first, in training any that can be decoded."""
         order = chance.sample(study.images, len(study.images)) if self.training else study.images[:1]
+        box = crop_box(self.config.augment, seed) if self.training else None
+        at_least = self.preprocess.at_least(box) if self.training and self.config.scaled_decode else None
         for suffix, data in order:
             try:
-                return self.preprocess(decode_image(data, suffix))
+                return self.preprocess(decode_image(data, suffix, at_least=at_least), box)
             except DecodeError as error:
                 quarantine.add(study.shard, study.key, "unreadable image", str(error))
         return None

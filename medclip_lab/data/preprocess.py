@@ -1,20 +1,25 @@
-"""From decoded images to the tower's input: geometry once for training and inference, then augmentation in batches."""
+"""From decoded images to the tower's input: window and geometry, the same for training and inference."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from open_clip.transform import CenterCropOrPad, ResizeKeepRatio
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 from torchvision.transforms.functional import pil_to_tensor
 
+from medclip_lab.data.decoded import Decoded, Window
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom as shares of width and height."""
+
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """What is done to every image, in the words of open_clip's `preprocess_cfg`."""
+    """What is done to every image, in the words of open_clip's `preprocess_cfg`; windowing is ours."""
 
     size: int = 224
     """Side of the square the tower sees, in pixels."""
@@ -24,17 +29,35 @@ class PreprocessConfig:
     fill_color: int = 0
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    window: Window = "file"
+    """How more than 8 bits become 8: "file" applies a DICOM's own VOI LUT or window and stretches the result between
+    the percentiles; "percentiles" stretches the values themselves; [center, width] is in the file's units, Hounsfield
+    for CT."""
+    percentiles: tuple[float, float] = (0.0, 100.0)
+    """Of an image's values: what becomes black and what white."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.window, str) and self.window[1] <= 0:
+            raise ValueError(f"preprocess.window: [center, width] with a positive width, got {list(self.window)}")
+        low, high = self.percentiles
+        if not 0 <= low < high <= 100:
+            raise ValueError(f"preprocess.percentiles: two growing numbers from 0 to 100, got {[low, high]}")
 
     def open_clip(self) -> dict[str, Any]:
-        """The same as open_clip writes it into `open_clip_config.json`."""
-        return {**asdict(self), "size": [self.size, self.size], "mode": "RGB", "mean": list(self.mean)} | {
-            "std": list(self.std)
-        }
+        """What open_clip knows of it, as it stands in `open_clip_config.json`."""
+        values = {name: value for name, value in asdict(self).items() if name not in ("window", "percentiles")}
+        return values | {"size": [self.size, self.size], "mode": "RGB", "mean": list(self.mean), "std": list(self.std)}
+
+    def record(self) -> dict[str, Any]:
+        """All of it, as it stands in `preprocess.json`."""
+        window = self.window if isinstance(self.window, str) else list(self.window)
+        return self.open_clip() | {"window": window, "percentiles": list(self.percentiles)}
 
     @classmethod
-    def from_open_clip(cls, values: dict[str, Any]) -> Self:
-        """Read an open_clip `preprocess_cfg`."""
+    def from_record(cls, values: dict[str, Any]) -> Self:
+        """Read what `record` or `open_clip` gave, or any `preprocess_cfg` of open_clip."""
         size = values["size"]
+        window: Any = values.get("window", "file")
         return cls(
             size=size if isinstance(size, int) else int(size[0]),
             resize_mode=values.get("resize_mode") or "shortest",
@@ -42,11 +65,13 @@ class PreprocessConfig:
             fill_color=int(values.get("fill_color") or 0),
             mean=tuple(values["mean"]),
             std=tuple(values["std"]),
+            window=tuple(window) if isinstance(window, list) else window,
+            percentiles=tuple(values.get("percentiles", (0.0, 100.0))),
         )
 
 
 class Preprocess:
-    """Resizes an image to the square the tower expects; pixels stay 8 bits and greyscale stays one channel."""
+    """Windows an image and resizes it to the square the tower expects: 8 bits, and greyscale stays one channel."""
 
     def __init__(self, config: PreprocessConfig) -> None:
         self.config = config
@@ -63,63 +88,47 @@ class Preprocess:
         }
         self._geometry = Compose(steps[config.resize_mode])
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """uint8 [C, size, size], C being 1 for mode "L" and 3 for "RGB"."""
-        pixels: Tensor = pil_to_tensor(self._geometry(image))
+    def __call__(self, image: Decoded | Image.Image, box: Box | None = None) -> Tensor:
+        """uint8 [C, size, size], C being 1 for greyscale and 3 for colour.
+
+        Args:
+            box: the part of the image to take; None takes the whole.
+
+        Raises:
+            DecodeError: values that are not finite.
+        """
+        picture = self.window(image)
+        if box is not None:
+            picture = picture.crop(_pixels(box, *picture.size))
+        pixels: Tensor = pil_to_tensor(self._geometry(picture))
         return pixels
+
+    def at_least(self, box: Box | None = None) -> int:
+        """The least side, in pixels, of an image that this need not magnify: for `decode_image`."""
+        share = 1.0 if box is None else min(box[2] - box[0], box[3] - box[1])
+        return math.ceil(self.config.size / share)
+
+    def window(self, image: Decoded | Image.Image) -> Image.Image:
+        """The image in its own size with 8 bits, mode "L" or "RGB".
+
+        Raises:
+            DecodeError: values that are not finite.
+        """
+        decoded = image if isinstance(image, Decoded) else Decoded(image)
+        return decoded.eight_bits(self.config.window, self.config.percentiles)
+
+
+def _pixels(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
+    left, top = min(round(box[0] * width), width - 1), min(round(box[1] * height), height - 1)
+    return left, top, max(round(box[2] * width), left + 1), max(round(box[3] * height), top + 1)
 
 
 def stack(images: list[Tensor]) -> Tensor:
-    """float32 [B, C, H, W] in [0, 1] of uint8 images; greyscale is spread over three channels only beside colour."""
+    """uint8 [B, C, H, W]; greyscale is spread over three channels only beside colour."""
     channels = max(len(image) for image in images)
-    return torch.stack([image.expand(channels, -1, -1) for image in images]).float() / 255
+    return torch.stack([image.expand(channels, -1, -1) for image in images])
 
 
-@dataclass
-class AugmentConfig:
-    """Random changes of training images, drawn for each image."""
-
-    flip: float = 0.0
-    """Share of images that are mirrored; only where texts and labels tell no side."""
-
-    degrees: float = 0.0
-    """Rotation, up to this many degrees either way."""
-    translate: float = 0.0
-    """Shift, up to this share of the side either way."""
-    scale: tuple[float, float] = (1.0, 1.0)
-    """Magnification, drawn between these."""
-    brightness: float = 0.0
-    """Added to [0, 1] pixels, up to this much either way."""
-    contrast: float = 0.0
-    """Contrast is multiplied by 1 plus up to this much either way."""
-
-
-def augment(images: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
-    """Random affine and exposure changes of a batch, float [B, C, H, W] in [0, 1], another for each image."""
-
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(len(images), generator=generator)
-
-    if config.flip:
-        mirrored = torch.rand(len(images), generator=generator) < config.flip
-        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-    if config.degrees or config.translate or tuple(config.scale) != (1.0, 1.0):
-        angle = torch.deg2rad(uniform(-config.degrees, config.degrees))
-        zoom = uniform(*config.scale)
-        cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
-        shift = 2 * config.translate
-        affine = torch.stack(
-            [
-                torch.stack([cos, -sin, uniform(-shift, shift)], 1),
-                torch.stack([sin, cos, uniform(-shift, shift)], 1),
-            ],
-            1,
-        )
-        grid = F.affine_grid(affine, list(images.shape), align_corners=False)
-        images = F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
-    if config.contrast:
-        mean = images.mean((1, 2, 3), keepdim=True)
-        images = mean + (images - mean) * uniform(1 - config.contrast, 1 + config.contrast)[:, None, None, None]
-    if config.brightness:
-        images = images + uniform(-config.brightness, config.brightness)[:, None, None, None]
-    return images.clamp(0, 1)
+def to_float(images: Tensor) -> Tensor:
+    """float32 in [0, 1] of uint8 pixels; float pixels as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images

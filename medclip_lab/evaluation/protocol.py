@@ -72,7 +72,7 @@ def encode_split(
                 continue
             suffix, data = study.images[0]
             try:
-                image = decode_image(data, suffix)
+                image = encoder.preprocess.window(decode_image(data, suffix))
             except DecodeError as error:
                 quarantine.add(study.shard, study.key, "unreadable image", str(error))
                 continue

@@ -35,6 +35,7 @@ def write_bundle(
     tokenizer: Path | None,
     labelsets: list[Path],
     card: dict[str, Any],
+    augment: dict[str, Any],
 ) -> None:
     """Write a bundle without classifiers; `finish_bundle` adds them and the manifest.
 
@@ -44,6 +45,7 @@ def write_bundle(
         tokenizer: folder of the tokenizer's files; None if the config names one of open_clip's own.
         labelsets: YAML files to carry along.
         card: facts for MODEL_CARD.md.
+        augment: how the training images were changed, for the record.
     """
     model_cfg = json.loads(json.dumps(model_cfg))
     for name in ("logit_scale", "logit_bias"):
@@ -56,11 +58,13 @@ def write_bundle(
         out / PREPROCESS,
         {
             "steps": [
-                "decode to 8 bits; DICOM: rescale, VOI LUT, MONOCHROME1 inverted; other 16 bits: least to greatest",
+                "decode; DICOM: rescale",
+                f"window more than 8 bits ({_window(preprocess)}); MONOCHROME1 is inverted",
                 f"resize to {preprocess.size} ({preprocess.resize_mode}, {preprocess.interpolation})",
                 "scale to [0, 1], subtract mean, divide by std; greyscale is repeated over three channels",
             ],
-            **preprocess.open_clip(),
+            **preprocess.record(),
+            "augment": augment,
         },
     )
     if tokenizer is not None:
@@ -70,6 +74,13 @@ def write_bundle(
     for labelset in labelsets:
         shutil.copyfile(labelset, out / "labelsets" / labelset.name)
     (out / "MODEL_CARD.md").write_text(_card(card), encoding="utf-8")
+
+
+def _window(preprocess: PreprocessConfig) -> str:
+    if not isinstance(preprocess.window, str):
+        return "center {:g}, width {:g}".format(*preprocess.window)
+    stretched = "percentiles {:g} to {:g}".format(*preprocess.percentiles)
+    return f"the file's VOI LUT or window, then {stretched}" if preprocess.window == "file" else stretched
 
 
 def finish_bundle(out: Path, command: str, facts: dict[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from medclip_lab.data.decode import eight_bits, read_image
+from medclip_lab.data.decode import DecodeError, read_image
 from medclip_lab.data.preprocess import Preprocess, PreprocessConfig, stack
 from medclip_lab.errors import UserError
 from medclip_lab.files import read_json
-from medclip_lab.inference.bundle import CONFIG, open_bundle
+from medclip_lab.inference.bundle import PREPROCESS, open_bundle
 from medclip_lab.inference.classifier import ScoreType, ZeroShotClassifier
 from medclip_lab.inference.labelset import LabelSet, load_labelset
 from medclip_lab.models.dual_encoder import DualEncoder, load_named, quiet
@@ -36,8 +36,7 @@ def load(bundle: str | os.PathLike[str], device: str = "auto") -> "Encoder":
     folder, manifest = open_bundle(os.fspath(bundle))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = read_json(folder / CONFIG, "bundle")
-    preprocess = PreprocessConfig.from_open_clip(config["preprocess_cfg"])
+    preprocess = PreprocessConfig.from_record(read_json(folder / PREPROCESS, "bundle"))
     model = DualEncoder(load_named(f"local-dir:{folder}", None), preprocess)
     with quiet():
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
@@ -127,8 +126,12 @@ class Encoder:
 
     def _pixels(self, image: str | Path | Image.Image) -> torch.Tensor:
         if isinstance(image, Image.Image):
-            return self.preprocess(eight_bits(image))
-        return self.preprocess(read_image(image))
+            return self.preprocess(image)
+        decoded = read_image(image)
+        try:
+            return self.preprocess(decoded)
+        except DecodeError as error:
+            raise UserError(f"image: cannot use {image}: {error}") from None
 
     def _nothing(self) -> NDArray[np.float32]:
         width = self.encode_texts(["nothing"]).shape[1]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medclip_lab.data.preprocess import PreprocessConfig
+from medclip_lab.data.preprocess import PreprocessConfig, to_float
 from medclip_lab.errors import UserError
 
 Features = dict[str, Tensor]
@@ -128,8 +128,8 @@ class DualEncoder(nn.Module):
         return bias
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """[N, D] unit norm from float [N, 1 or 3, H, W] in [0, 1]."""
-        normalised = (pixels - self.mean) / self.std
+        """[N, D] unit norm from [N, 1 or 3, H, W], uint8 or float in [0, 1]."""
+        normalised = (to_float(pixels) - self.mean) / self.std
         if self.channels_last:
             normalised = normalised.contiguous(memory_format=torch.channels_last)
         return F.normalize(self.model.encode_image(normalised).float(), dim=-1)
@@ -138,6 +138,11 @@ class DualEncoder(nn.Module):
         """[M, D] unit norm from int64 [M, L]."""
         return F.normalize(self.model.encode_text(ids).float(), dim=-1)
 
+    def towers_of(self, batch: dict[str, Any]) -> dict[str, Callable[[Tensor], Tensor]]:
+        """The tower of every modality that the batch holds, second views ("second_text") too."""
+        names = (view + name for name in self.towers for view in ("", "second_"))
+        return {name: self.towers[name.removeprefix("second_")] for name in names if name in batch}
+
     def forward(self, batch: dict[str, Any]) -> Features:
         """Features of every modality that the batch holds."""
-        return {name: tower(batch[name]) for name, tower in self.towers.items() if name in batch}
+        return {name: tower(batch[name]) for name, tower in self.towers_of(batch).items()}

@@ -85,7 +85,7 @@ def _embed_shard(
                 row["text"] = text
             for number, (suffix, data) in enumerate(study.images):
                 try:
-                    image = decode_image(data, suffix)
+                    image = encoder.preprocess.window(decode_image(data, suffix))
                 except DecodeError as error:
                     quarantine.add(shard.name, study.key, "unreadable image", str(error))
                     continue

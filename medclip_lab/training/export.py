@@ -1,5 +1,6 @@
 """From a finished run to a bundle."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,11 @@ def export(run: str | Path, out: str | Path, labelsets: list[str] | None = None,
             folder,
             weights=load_file(run / WEIGHTS),
             model_cfg=model["model_cfg"],
-            preprocess=PreprocessConfig.from_open_clip(model["preprocess_cfg"]),
+            preprocess=PreprocessConfig.from_record(model["preprocess_cfg"]),
             tokenizer=run / "tokenizer" if (run / "tokenizer").exists() else None,
             labelsets=paths,
             card=card,
+            augment=asdict(config.data.augment),
         )
         facts = {"run": card}
         finish_bundle(folder, command, facts)

@@ -61,8 +61,8 @@ class ContrastiveModule(LightningModule):
         if not self.gradient_cache:
             features: Features = self.encoder(batch)
             return features
-        towers = self.encoder.towers.items()
-        return {name: in_chunks(tower, batch[name], self.gradient_cache) for name, tower in towers if name in batch}
+        towers = self.encoder.towers_of(batch).items()
+        return {name: in_chunks(tower, batch[name], self.gradient_cache) for name, tower in towers}
 
     def terms(self, batch: Batch, diagnose_too: bool = False) -> dict[str, Tensor]:
         """The loss of a batch under "loss" and its parts by name.

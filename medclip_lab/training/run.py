@@ -121,7 +121,7 @@ def train(config: RunConfig) -> Path:
         if isinstance(config.model.spec, dict):
             _start_temperature(config.model, encoder, loss)
         if rank == 0:
-            write_json(out / MODEL, {"model_cfg": spec, "preprocess_cfg": config.data.preprocess.open_clip()})
+            write_json(out / MODEL, {"model_cfg": spec, "preprocess_cfg": config.data.preprocess.record()})
             with atomic_file(out / CONFIG) as temporary:
                 temporary.write_text(to_yaml(config), encoding="utf-8")
             write_json(out / FACTS, facts)

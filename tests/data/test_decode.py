@@ -21,7 +21,7 @@ GREY = (np.random.default_rng(0).random((20, 30)) * 255).astype(np.uint8)
 
 @pytest.mark.parametrize(("suffix", "kind"), [("png", "PNG"), ("tif", "TIFF"), ("jpg", "JPEG"), ("webp", "WEBP")])
 def test_eight_bits(suffix: str, kind: str) -> None:
-    image = decode_image(encode(GREY, kind), suffix)
+    image = decode_image(encode(GREY, kind), suffix).image
     assert image.size == (30, 20)
     if suffix in ("png", "tif"):
         assert image.mode == "L"
@@ -39,7 +39,7 @@ def test_sixteen_bits_are_windowed_not_cut(suffix: str) -> None:
 
 
 def test_colour_stays_colour() -> None:
-    assert decode_image(encode(np.zeros((4, 4, 3), np.uint8), "PNG"), "png").mode == "RGB"
+    assert decode_image(encode(np.zeros((4, 4, 3), np.uint8), "PNG"), "png").image.mode == "RGB"
 
 
 @pytest.mark.parametrize(

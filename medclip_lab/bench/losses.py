@@ -1,4 +1,4 @@
-"""Speed and memory beside named peers, in one run on one machine."""
+"""Losses beside named peers: forward and backward, seconds and memory, in one run on one machine."""
 
 import json
 import statistics
@@ -176,7 +176,7 @@ def bench_losses(
 
 def _peak(name: str, side: str, batch: int, dim: int, device: str) -> float:
     """MiB at the peak of a step beyond its inputs and gradients, measured in a process of its own."""
-    code = f"from medclip_lab.bench import _measure; _measure({name!r}, {side!r}, {batch}, {dim}, {device!r})"
+    code = f"from medclip_lab.bench.losses import _measure; _measure({name!r}, {side!r}, {batch}, {dim}, {device!r})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)  # noqa: S603 - our own words
     if run.returncode:
         raise RuntimeError(run.stderr.strip().splitlines()[-1])
