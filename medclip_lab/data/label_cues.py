@@ -89,5 +89,7 @@ FRESH_START = re.compile(
     r"possible|probable|likely|(?P<side>left|right|bilateral|bi-?basilar))\b"
 )
 # Between two mentions that are alternatives ("atelectasis or infiltrate", "scarring/atelectasis"), or in one list.
-CHOICE = re.compile(r" ?/ ?|[ ,]*(?:\w+ ){0,3}?(?:(?:and/)?or|versus|vs\.?|/)(?: ?[\w-]+(?: [\w-]+){0,3}?)? ?")
+CHOICE = re.compile(
+    r" ?/ ?|[ ,]*(?:(?!with|no|but)\w+ ){0,3}?(?:(?:and/)?or|versus|vs\.?|/)(?: ?[\w-]+(?: [\w-]+){0,3}?)? ?"
+)
 LISTED = re.compile(r" ?(?:,? ?(?P<joint>and/or|and|or|nor|/)|,) ?(?:(?!with|but)[\w-]+ ){0,4}?")

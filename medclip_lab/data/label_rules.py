@@ -281,7 +281,7 @@ NO_ABNORMALITY = re.compile(
     rf"(?P<site>(?:{_ALSO}(?:{_CHEST_SITE}|{_BONE_SITE}|soft tissue|acute|active))*)"
     r" (?:abnormalit(?:y|ies)|disease|disorders?|process(?:es)?|findings?|patholog(?:y|ies)|"
     rf"(?:{_BONE_SITE}) changes)\b"
-    r"(?! (?:of|to suggest|suggest\w*|suspicious|concerning|for|consistent|that)\b)"
+    r"(?! (?:of(?! the (?:chest|thorax))|to suggest|suggest\w*|suspicious|concerning|for|consistent|that)\b)"
 )
 CHEST_SITE = re.compile(rf"\b(?:{_CHEST_SITE})\b")
 BONE_SITE = re.compile(rf"\b(?:{_BONE_SITE})\b")

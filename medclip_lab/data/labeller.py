@@ -164,7 +164,7 @@ def _global_normality(text: str) -> tuple[int | None, bool]:
         if sites:  # one organ is not the chest, and "thoracic bony" is bony
             chest = len(sites) > 1 or not sites <= ({"thoracic", "chest"} if bony else {"cardiac", "pleural"})
         else:  # "the lungs show no abnormality" speaks of the lungs
-            clause = re.split(r"[;,]|\bbut\b|\bwith\b", text[: match.start()])[-1]
+            clause = re.split(r"[;,]|\bbut\b", text[: match.start()])[-1]
             chest = not bony and "soft" not in match["site"] and not rules.ORGAN.search(clause)
         says = match if chest else says
     if not says:

@@ -233,7 +233,7 @@ class BatchStream(IterableDataset[Batch]):
         """Read, decode, augment and tokenize the rows of a step that are this rank's."""
         images: list[Tensor] = []
         image_labels, image_ids, patients, seeds = [], [], [], []
-        texts, text_labels, text_ids, second = [], [], [], []
+        texts, text_labels, text_ids = [], [], []  # of each text its views
         for row in rows:
             chance = random.Random(f"row {self.seed} {step} {row.number}")
             for study in self._studies(row, readers):
@@ -253,18 +253,15 @@ class BatchStream(IterableDataset[Batch]):
             if self.training:
                 drawn = draw_texts(study.record, self.config.text, chance, self.rarity.get(row.source))
             else:
-                drawn = [(study.record.get("text") or "", study.record.get("labels") or {})]
-            text, labels = drawn[0]
-            if text:
-                texts.append(text)
-                second += [view for view, _ in drawn[1:]]
-                text_labels.append(self._vector(labels))
+                drawn = [(study.record.get("text") or "", study.record.get("labels") or {})] * self.config.text.views
+            if drawn[0][0]:
+                texts.append([text for text, _ in drawn])
+                text_labels.append(self._vector(drawn[0][1]))
                 text_ids.append(study.record["study_id"])
         if self.config.control == "shuffled_pairs":
             # A shift by a random amount: no text keeps its own image, and each is still used once.
             shift = random.Random(f"pairs {self.seed} {step}").randrange(1, max(len(texts), 2))
             texts, text_labels = texts[shift:] + texts[:shift], text_labels[shift:] + text_labels[:shift]
-            second = second[shift:] + second[:shift]
         batch: Batch = {"image_id": image_ids, "text_id": text_ids, "patient_id": patients}
         if images:
             pixels = stack(images)
@@ -272,9 +269,9 @@ class BatchStream(IterableDataset[Batch]):
                 pixels = augment(pixels, self.config.augment, seeds)
             batch |= {"image": pixels, "image_labels": torch.tensor(image_labels)}
         if texts:
-            batch |= {"text": self.tokenizer(texts), "text_labels": torch.tensor(text_labels)}
-        if second:
-            batch["second_text"] = self.tokenizer(second)
+            views = zip(("text", "second_text"), zip(*texts, strict=True), strict=False)
+            batch |= {name: self.tokenizer(list(view)) for name, view in views}
+            batch["text_labels"] = torch.tensor(text_labels)
         return batch
 
     def _studies(self, row: Row, readers: dict[str, Reader]) -> Iterator[Study]:

@@ -57,7 +57,7 @@ class ContrastiveModule(LightningModule):
             refuse_batch_statistics(encoder.model, gradient_cache)
 
     def features(self, batch: Batch) -> Features:
-        """Features of every modality that the batch holds."""
+        """Features of every modality, and second view of one, that the batch holds."""
         if not self.gradient_cache:
             features: Features = self.encoder(batch)
             return features

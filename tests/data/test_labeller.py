@@ -234,6 +234,10 @@ Computed tomography is more sensitive for small nodules. |
 In case of pneumothorax a chest tube is advised. |
 Should pneumothorax be suspected, repeat the film. |
 Edema should be considered. | Edema=-1
+The bony structures are intact with no acute abnormality. | Fracture=0
+No acute abnormality of the chest. | No Finding=1
+No abnormality of the ribs. |
+Cardiomegaly with no failure or pneumonia. | Cardiomegaly=1, Pneumonia=0
 Probably normal study. | No Finding=-1
 Abnormal chest radiograph. | No Finding=0
 """
