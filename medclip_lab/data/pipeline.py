@@ -2,7 +2,8 @@
 
 A batch is a dict: "image" float32 [N, C, H, W] in [0, 1], "text" int64 [M, L], "image_labels" [N, K] and
 "text_labels" [M, K] (1, 0, -1, NaN for not mentioned), "image_id" and "text_id" (study ids of the rows) and
-"patient_id" of the images. A modality that a study lacks has no row: N and M may differ, and then rows are no pairs.
+"patient_id" of the images; with `text.views: 2` also "second_text" [M, L], another text of each study. A modality that
+a study lacks has no row: N and M may differ, and then rows are no pairs.
 """
 
 import math
@@ -24,7 +25,7 @@ from medclip_lab.data.order import Place, Plan, Row, SourceOrder
 from medclip_lab.data.preprocess import AugmentConfig, Preprocess, PreprocessConfig, augment, stack
 from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.reader import BadSampleError, Reader, Study, labels_in
-from medclip_lab.data.text import Rarity, TextConfig, draw_text
+from medclip_lab.data.text import Rarity, TextConfig, draw_texts
 from medclip_lab.data.tokenizer import Tokenizer
 from medclip_lab.errors import UserError
 
@@ -228,7 +229,7 @@ class BatchStream(IterableDataset[Batch]):
         """Read, decode, augment and tokenize the rows of a step that are this rank's."""
         images: list[Tensor] = []
         image_labels, image_ids, patients, seeds = [], [], [], []
-        texts, text_labels, text_ids = [], [], []
+        texts, text_labels, text_ids = [], [], []  # of each text its views
         for row in rows:
             chance = random.Random(f"row {self.seed} {step} {row.number}")
             for study in self._studies(row, readers):
@@ -245,12 +246,12 @@ class BatchStream(IterableDataset[Batch]):
             else:
                 continue  # nothing usable stands here; its text alone would shift every later pair by a row
             if self.training:
-                text, labels = draw_text(study.record, self.config.text, chance, self.rarity.get(row.source))
+                drawn = draw_texts(study.record, self.config.text, chance, self.rarity.get(row.source))
             else:
-                text, labels = study.record.get("text") or "", study.record.get("labels") or {}
-            if text:
-                texts.append(text)
-                text_labels.append(self._vector(labels))
+                drawn = [(study.record.get("text") or "", study.record.get("labels") or {})] * self.config.text.views
+            if drawn[0][0]:
+                texts.append([text for text, _ in drawn])
+                text_labels.append(self._vector(drawn[0][1]))
                 text_ids.append(study.record["study_id"])
         if self.config.control == "shuffled_pairs":
             # A shift by a random amount: no text keeps its own image, and each is still used once.
@@ -265,7 +266,9 @@ class BatchStream(IterableDataset[Batch]):
                 pixels = torch.cat([augment(image[None], self.config.augment, generator) for image, generator in pairs])
             batch |= {"image": pixels, "image_labels": torch.tensor(image_labels)}
         if texts:
-            batch |= {"text": self.tokenizer(texts), "text_labels": torch.tensor(text_labels)}
+            views = zip(("text", "second_text"), zip(*texts, strict=True), strict=False)
+            batch |= {name: self.tokenizer(list(view)) for name, view in views}
+            batch["text_labels"] = torch.tensor(text_labels)
         return batch
 
     def _studies(self, row: Row, readers: dict[str, Reader]) -> Iterator[Study]:

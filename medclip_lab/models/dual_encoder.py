@@ -138,6 +138,11 @@ class DualEncoder(nn.Module):
         """[M, D] unit norm from int64 [M, L]."""
         return F.normalize(self.model.encode_text(ids).float(), dim=-1)
 
+    def towers_of(self, batch: dict[str, Any]) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Name in the batch -> its tower: modalities, and second views such as "second_text"."""
+        names = {f"{view}{name}": tower for view in ("", "second_") for name, tower in self.towers.items()}
+        return {name: tower for name, tower in names.items() if name in batch}
+
     def forward(self, batch: dict[str, Any]) -> Features:
-        """Features of every modality that the batch holds."""
-        return {name: tower(batch[name]) for name, tower in self.towers.items() if name in batch}
+        """Features of every modality, and second view of one, that the batch holds."""
+        return {name: tower(batch[name]) for name, tower in self.towers_of(batch).items()}

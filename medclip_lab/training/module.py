@@ -57,12 +57,12 @@ class ContrastiveModule(LightningModule):
             refuse_batch_statistics(encoder.model, gradient_cache)
 
     def features(self, batch: Batch) -> Features:
-        """Features of every modality that the batch holds."""
+        """Features of every modality, and second view of one, that the batch holds."""
         if not self.gradient_cache:
             features: Features = self.encoder(batch)
             return features
-        towers = self.encoder.towers.items()
-        return {name: in_chunks(tower, batch[name], self.gradient_cache) for name, tower in towers if name in batch}
+        towers = self.encoder.towers_of(batch).items()
+        return {name: in_chunks(tower, batch[name], self.gradient_cache) for name, tower in towers}
 
     def terms(self, batch: Batch, diagnose_too: bool = False) -> dict[str, Tensor]:
         """The loss of a batch under "loss" and its parts by name.

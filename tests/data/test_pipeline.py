@@ -58,6 +58,30 @@ def test_batches_are_what_they_say(toy_shards: Manifest) -> None:
     assert batch["image_labels"][:, 5].isnan().all(), "what is not mentioned is NaN, not 0"
 
 
+def test_two_views_of_the_texts(toy_shards: Manifest) -> None:
+    def draw(views: int, **options: Any) -> dict[str, Any]:
+        text = TextConfig(report=1, impression=1, findings=1, views=views)
+        return next(iter(stream(config(toy_shards.folder, text=text, **options))))
+
+    one, two = draw(1), draw(2)
+    assert "second_text" not in one
+    second = two.pop("second_text")
+    assert same(one, two), "the first view is the text that one view draws"
+    assert second.shape == two["text"].shape
+    assert 0 < (second != two["text"]).any(1).sum() < 8
+    texts = {sample.study_id: [sample.text, *sample.sections.values()] for sample in toy_samples()}
+    for name, ids in zip(two["text_id"], second, strict=True):
+        assert ids.tolist() in tokenizer(texts[name]).tolist(), "a text of the same study"
+    moved = draw(2, control="shuffled_pairs")
+    pairs = {(tuple(a), tuple(b)) for a, b in zip(two["text"].tolist(), second.tolist(), strict=True)}
+    assert {
+        (tuple(a), tuple(b)) for a, b in zip(moved["text"].tolist(), moved["second_text"].tolist(), strict=True)
+    } == (pairs), "the views of a study stay together"
+    data = config(toy_shards.folder, text=TextConfig(views=2))
+    quiet = next(iter(stream(data, steps=1, training=False)))
+    assert (quiet["text"] == quiet["second_text"]).all()
+
+
 def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """The batches of all ranks as one."""
     return {

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from medclip_lab.data.preprocess import PreprocessConfig
 from medclip_lab.errors import UserError
+from medclip_lab.losses import MultiViewClipLoss
+from medclip_lab.models.dual_encoder import DualEncoder, build_spec
 from medclip_lab.training.module import ContrastiveModule
 from medclip_lab.training.optim import OptimConfig
 
@@ -62,6 +65,32 @@ def test_a_loss_gets_what_it_names() -> None:
     assert given["patient_ids"].tolist()[0] == given["patient_ids"].tolist()[2] != given["patient_ids"].tolist()[1]
     assert len(set(given["study_ids"].tolist())) == 3
     assert all(int(given[name].min()) >= 0 for name in ("text_ids", "study_ids", "patient_ids"))
+
+
+@pytest.mark.parametrize("gradient_cache", [0, 2])
+def test_second_views_go_through_the_same_towers(gradient_cache: int) -> None:
+    spec = {
+        "embed_dim": 8,
+        "vision_cfg": {"layers": 1, "width": 64, "image_size": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 4, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1},
+    }
+    encoder = DualEncoder(build_spec(spec), PreprocessConfig(size=16))
+    loss = MultiViewClipLoss(1.0, 0.5)
+    module = ContrastiveModule(encoder, loss, OptimConfig(), 1, gradient_cache)
+    ids = torch.randint(1, 19, (3, 4), generator=torch.Generator().manual_seed(0))
+    pixels = torch.rand(2, 3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    views = batch() | {"image": pixels[0], "second_image": pixels[1], "text": ids, "second_text": ids.flip(0)}
+    terms = module.terms(views)
+    first, second = (
+        encoder({"image": image, "text": text}) for image, text in zip(pixels, (ids, ids.flip(0)), strict=True)
+    )
+    expected = loss(
+        *(first["image"], first["text"], encoder.logit_scale),
+        second_image_features=second["image"],
+        second_text_features=second["text"],
+    )
+    assert torch.allclose(terms["loss"], expected, atol=1e-5)
+    assert set(terms) == {"loss", "image_text_loss", "image_image_loss", "text_text_loss"}
 
 
 def test_what_is_missing_is_named() -> None:
