@@ -69,6 +69,9 @@ def test_two_views_of_the_texts(toy_shards: Manifest) -> None:
     assert same(one, two), "the first view is the text that one view draws"
     assert second.shape == two["text"].shape
     assert 0 < (second != two["text"]).any(1).sum() < 8
+    texts = {sample.study_id: [sample.text, *sample.sections.values()] for sample in toy_samples()}
+    for name, ids in zip(two["text_id"], second, strict=True):
+        assert ids.tolist() in tokenizer(texts[name]).tolist(), "a text of the same study"
     moved = draw(2, control="shuffled_pairs")
     pairs = {(tuple(a), tuple(b)) for a, b in zip(two["text"].tolist(), second.tolist(), strict=True)}
     assert {

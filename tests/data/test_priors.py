@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from medclip_lab.data.labeller import label_sentence
 from medclip_lab.data.priors import without_priors
-from tests.data.test_labeller import table
+
+from .test_labeller import table
 
 REMOVED = "_" * 3  # a mark of de-identification
 
