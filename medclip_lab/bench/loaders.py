@@ -124,7 +124,7 @@ def our_stages(shards: Path, size: int, batch: int, samples: int, seed: int) -> 
     """The same work as `our_batches`, one stage after the other for each batch."""
     from medclip_lab.data.augment import augment, crop_box
     from medclip_lab.data.decode import decode_image
-    from medclip_lab.data.preprocess import Preprocess, stack
+    from medclip_lab.data.preprocess import Preprocess, stack, to_float
     from medclip_lab.data.quarantine import Quarantine
     from medclip_lab.data.shards import Manifest, read_split
 
@@ -149,6 +149,8 @@ def our_stages(shards: Path, size: int, batch: int, samples: int, seed: int) -> 
             images = stack(pixels)
         with watch("augment"):
             augment(images, config.augment, seeds)
+        with watch("to_float"):  # the model does this, on its device: not part of what the loader hands over
+            (to_float(images).expand(-1, 3, -1, -1) - 0.5) / 0.25
         with watch("tokenize"):
             tokenizer([study["json"]["text"] for study in taken])
         watch.samples += batch
