@@ -125,7 +125,7 @@ def our_stages(shards: Path, size: int, batch: int, samples: int, seed: int) -> 
     from medclip_lab.data.augment import augment, crop_box
     from medclip_lab.data.decode import decode_image
     from medclip_lab.data.manifest import Manifest
-    from medclip_lab.data.preprocess import Preprocess, stack
+    from medclip_lab.data.preprocess import Preprocess, stack, to_float
     from medclip_lab.data.quarantine import Quarantine
     from medclip_lab.data.reader import read_split
 
@@ -150,6 +150,8 @@ def our_stages(shards: Path, size: int, batch: int, samples: int, seed: int) -> 
             images = stack(pixels)
         with watch("augment"):
             augment(images, config.augment, seeds)
+        with watch("to_float"):  # the model does this, on its device: not part of what the loader hands over
+            (to_float(images).expand(-1, 3, -1, -1) - 0.5) / 0.25
         with watch("tokenize"):
             tokenizer([study.record["text"] for study in taken])
         watch.samples += batch

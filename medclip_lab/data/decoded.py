@@ -50,7 +50,7 @@ class Decoded:
             percentiles: these become black and white; a constant image becomes black.
 
         Raises:
-            DecodeError: values that are not finite.
+            DecodeError: values that are not finite, or a VOI LUT that is broken.
         """
         if self.image.mode not in DEEP_MODES:
             return plain(self.image)

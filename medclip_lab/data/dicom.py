@@ -1,10 +1,14 @@
 """DICOM to pixels: rescaled values, the file's own window, spacing; one frame, its sizes checked before decoding."""
 
 import io
+import logging
 import re
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +21,7 @@ from medclip_lab.errors import UserError
 if TYPE_CHECKING:
     from pydicom import Dataset
 
+LOGGERS = ("pydicom", "pylibjpeg", "libjpeg", "openjpeg", "rle")
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
 FRAME_GROUPS = ("PixelMeasuresSequence", "PixelValueTransformationSequence", "FrameVOILUTSequence")
 BYTES_PER_PIXEL = 4  # what the deflated form may hold for each pixel of the cap, all else included
@@ -37,17 +42,32 @@ def decode_dicom(data: bytes, frame: int | None, max_pixels: int) -> Decoded:
     except ImportError:
         raise UserError("DICOM needs pydicom: pip install 'medclip_lab[dicom]'") from None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom's warnings quote values of the file
+        with _silence():
             return _decode(data, frame, max_pixels)
-    except DecodeError:
+    except (DecodeError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # pydicom and its plug-ins raise whatever they meet in broken files
+    except BaseException as error:  # whatever pydicom and its plug-ins meet; a panic of the RLE one is no Exception
         raise DecodeError(f"broken DICOM: {type(error).__name__}") from None
 
 
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No warning and no log line of pydicom and the decoders: they quote values of the file, UIDs among them."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
 def _decode(data: bytes, frame: int | None, max_pixels: int) -> Decoded:
-    from pydicom.pixels.processing import apply_rescale, apply_voi_lut
+    from pydicom.pixels.processing import apply_rescale
 
     dataset = _read(data, max_pixels)
     number = _choose_frame(dataset, frame, max_pixels)
@@ -61,9 +81,20 @@ def _decode(data: bytes, frame: int | None, max_pixels: int) -> Decoded:
     return Decoded(
         Image.fromarray(values),
         spacing,
-        display=(lambda values: apply_voi_lut(values, dataset)) if windowed else None,
+        display=partial(_display, dataset) if windowed else None,
         inverted=dataset.PhotometricInterpretation == "MONOCHROME1",
     )
+
+
+def _display(dataset: "Dataset", values: NDArray[Any]) -> NDArray[Any]:
+    """The VOI LUT or window of a dataset, applied to rescaled values."""
+    from pydicom.pixels.processing import apply_voi_lut
+
+    try:
+        with _silence():
+            return apply_voi_lut(values, dataset)
+    except Exception as error:  # as above, and the table is not read before
+        raise DecodeError(f"broken DICOM: {type(error).__name__}") from None
 
 
 def _read(data: bytes, max_pixels: int) -> "Dataset":

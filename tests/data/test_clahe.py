@@ -46,7 +46,9 @@ def slow_clahe(image: NDArray[np.uint8], clip_limit: float, tiles: int) -> NDArr
     return result
 
 
-@pytest.mark.parametrize(("size", "clip_limit", "tiles"), [((32, 48), 2.0, 4), ((50, 35), 1.5, 4), ((40, 40), 40, 8)])
+@pytest.mark.parametrize(
+    ("size", "clip_limit", "tiles"), [((32, 48), 2.0, 4), ((50, 35), 1.5, 4), ((40, 40), 40, 8), ((64, 60), 1.1, 2)]
+)
 def test_against_the_definition(size: tuple[int, int], clip_limit: float, tiles: int) -> None:
     image = film(*size)
     ours = clahe(torch.from_numpy(image)[None, None], clip_limit, tiles)[0, 0].numpy()
