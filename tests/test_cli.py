@@ -14,14 +14,15 @@ from medclip_lab.cli import build_parser, main
 from medclip_lab.data.shards import Manifest
 
 COMMON = {"--help", "--json", "--debug"}
-PREPARE = COMMON | {"--out", "--samples-per-shard", "--max-bad"}
+PREPARE = COMMON | {"--out", "--samples-per-shard", "--max-bad", "--workers", "--executor", "--duplicates"}
 FLAGS = {
     "demo": COMMON | {"--out", "--seed", "--studies"},
     "prepare phantom": PREPARE | {"--studies", "--seed", "--size"},
     "prepare nih-cxr14": PREPARE | {"folder"},
     "prepare openi": PREPARE | {"path"},
     "prepare csv": PREPARE
-    | {"path", "--image", "--text", "--study", "--patient", "--split", "--labels", "--image-folder", "--license"},
+    | {"path", "--image", "--text", "--study", "--patient", "--split", "--labels", "--image-folder", "--license"}
+    | {"--view", "--modality", "--no-label-text"},
     "train": COMMON | {"--config", "--out", "--settings"},
     "evaluate": COMMON
     | {
@@ -105,6 +106,7 @@ def place(toy_bundle: Path, toy_shards: Manifest, toy_run: Path, tmp_path: Path)
         ("prepare csv TMP/label.csv --out TMP/o", "Edema"),
         ("prepare phantom --studies 0 --out TMP/o", "studies"),
         ("prepare phantom --samples-per-shard 0 --out TMP/o", "--samples-per-shard"),
+        ("prepare phantom --workers 0 --out TMP/o", "--workers"),
         ("train", "--config is missing"),
         ("train --config TMP/none.yaml", "cannot read"),
         ("train --config TMP/bad.yaml", "bad.yaml:5: unknown key optim.rate"),
