@@ -405,8 +405,11 @@ def test_every_source_is_what_it_is_called(name: str) -> None:
     assert all("help" in option.metadata for option in cls.__dataclass_fields__.values())
 
 
-def test_ray_gives_the_same(tmp_path: Path, whole: dict[str, str]) -> None:
+@pytest.mark.slow
+def test_ray_gives_the_same(tmp_path: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray")
+    monkeypatch.setenv("HOME", str(tmp_path))  # where it writes a token
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
     try:

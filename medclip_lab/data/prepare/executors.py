@@ -81,6 +81,7 @@ def _on_ray(jobs: Sequence[Job]) -> Generator[Outcome]:
         raise UserError("--executor ray needs Ray: pip install 'medclip_lab[ray]'") from None
     ours = not ray.is_initialized()
     if ours:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would call home
         ray.init(log_to_driver=False, configure_logging=False)
     remote = ray.remote(make_shard)
     at_once = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))

@@ -103,7 +103,8 @@ def make_shard(job: Job) -> Outcome:
     if before:
         outcome.fingerprints = before.fingerprints
     path = job.folder / job.name
-    path.unlink(missing_ok=True)
+    with named_disk_errors(job.folder):
+        path.unlink(missing_ok=True)
     outcome.written = write_shard(path, job.split, _samples(job, outcome))
     with named_disk_errors(job.folder):
         write_json(kept, asdict(outcome))
