@@ -18,9 +18,10 @@ from medclip_lab.files import atomic_file, sha256, write_json
 from medclip_lab.version import __version__
 
 MANIFEST = "manifest.json"
+QUARANTINE = "quarantine.jsonl"
 FORMAT = "medclip-lab-shards/1"
 _SHARD = r"(train|val|test)-\d{5,}\.tar"
-LEFT_BEHIND = re.compile(rf"{_SHARD}|\.({_SHARD}|manifest\.json)\.[0-9a-f]{{8}}\.tmp")
+LEFT_BEHIND = re.compile(rf"{_SHARD}|\.({_SHARD}|manifest\.json|quarantine\.jsonl)\.[0-9a-f]{{8}}\.tmp")
 """Names that an interrupted writer leaves in its folder."""
 
 

@@ -97,7 +97,8 @@ def interrupted(calls: int) -> Callable[[Job], Outcome]:
         nonlocal made
         made += 1
         if made == calls:
-            (job.folder / f".{job.name}.01234567.tmp").write_bytes(b"half")
+            for name in (job.name, "manifest.json", "quarantine.jsonl"):
+                (job.folder / f".{name}.01234567.tmp").write_bytes(b"half")
             raise KeyboardInterrupt
         return make_shard(job)
 
@@ -178,6 +179,22 @@ def test_what_an_interrupted_run_with_other_settings_left_is_not_used(
     monkeypatch.undo()
     prepare(FAULTY, tmp_path, **settings, workers=1)
     assert contents(tmp_path) == whole
+
+
+def test_what_was_left_out_comes_back_when_it_is_not_to_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "write_manifest", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(FAULTY, tmp_path / "out", **settings, workers=1)
+    monkeypatch.undo()
+    report = settings | {"duplicates": "report"}
+    for name in ("out", "again"):
+        prepare(FAULTY, tmp_path / name, **report, workers=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
 
 
 SCRIPT = """

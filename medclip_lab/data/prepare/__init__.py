@@ -18,6 +18,7 @@ from medclip_lab.data.sources.base import Record, Source
 from medclip_lab.data.writing import (
     LEFT_BEHIND,
     MANIFEST,
+    QUARANTINE,
     check_studies,
     named_disk_errors,
     shard_name,
@@ -27,7 +28,6 @@ from medclip_lab.data.writing import (
 from medclip_lab.errors import UserError
 from medclip_lab.files import atomic_file, digest, read_json
 
-QUARANTINE = "quarantine.jsonl"
 DUPLICATES = ("report", "drop", "ignore")
 TOLD = {"images": "images", "near_images": "nearly equal images of different patients", "reports": "reports"}
 
