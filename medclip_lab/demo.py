@@ -10,6 +10,7 @@ from typing import Any
 
 from medclip_lab.config import load_config, shipped
 from medclip_lab.data.prepare import prepare
+from medclip_lab.data.sources.phantom import Phantom
 from medclip_lab.demo_page import Controls, at_k, write_page
 from medclip_lab.errors import UserError
 from medclip_lab.evaluation.protocol import HeldOut, blur, encode_split, report
@@ -148,7 +149,7 @@ def demo(out: Path, seed: int = 0, studies: int | None = None, command: str = "m
 
 
 def _shards(path: Path, settings: dict[str, Any]) -> None:
-    prepare("phantom", path, **settings)
+    prepare(Phantom(**settings), path)
 
 
 def _config(out: Path, shards: Path, seed: int, *more: str) -> RunConfig:

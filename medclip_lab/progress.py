@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
@@ -44,15 +44,25 @@ def bar(transient: bool = False) -> Progress:
     )
 
 
-def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Pass `items` on while showing how far they are; one closing line where standard error is no terminal."""
+def track(
+    items: Iterable[T], description: str, total: int | None = None, weight: Callable[[T], int] = lambda _: 1
+) -> Iterator[T]:
+    """Pass `items` on while showing how far they are; one closing line where standard error is no terminal.
+
+    Args:
+        total: sum of the weights.
+        weight: for how much an item counts.
+    """
     if sys.stderr.isatty():
         with bar() as progress:
-            yield from progress.track(items, description=description, total=total)
+            task = progress.add_task(description, total=total)
+            for item in items:
+                yield item
+                progress.advance(task, weight(item))
         return
     start, count = time.monotonic(), 0
     for item in items:
         yield item
-        count += 1
+        count += weight(item)
     seconds = time.monotonic() - start
     print(f"{description}: {count} in {seconds:.1f} s ({count / max(seconds, 1e-9):,.1f}/s)", file=sys.stderr)

@@ -16,7 +16,7 @@ from medclip_lab.losses.testing import Runner, processes
 # The rest is imported where it is used, so that the tests of the losses run where there is no more than torch.
 if TYPE_CHECKING:
     from medclip_lab.data.manifest import Manifest
-    from medclip_lab.data.shards import Sample
+    from medclip_lab.data.sample import Sample
     from medclip_lab.training.run import RunConfig
 
 TOY_SPLITS = ("train", "train", "train", "val", "test")
@@ -31,7 +31,7 @@ def png(pixels: "np.ndarray[Any, Any]") -> bytes:
 def toy_samples(studies: int = 150, side: int = 40, seed: int = 0) -> Iterator["Sample"]:
     """Bright images say that the heart is enlarged: as easy as a task can be, so that a few steps learn it."""
     from medclip_lab.data.findings import CHEXPERT14
-    from medclip_lab.data.shards import Sample
+    from medclip_lab.data.sample import Sample
 
     rng = np.random.default_rng(seed)
     for number in range(studies):

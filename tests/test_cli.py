@@ -5,23 +5,25 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from medclip_lab.cli import build_parser, main
+from medclip_lab.cli import build_parser, data, main
 from medclip_lab.data.manifest import Manifest
 
 COMMON = {"--help", "--json", "--debug"}
-PREPARE = COMMON | {"--out", "--samples-per-shard", "--max-bad"}
+PREPARE = COMMON | {"--out", "--samples-per-shard", "--max-bad", "--workers", "--executor", "--duplicates"}
 FLAGS = {
     "demo": COMMON | {"--out", "--seed", "--studies"},
     "prepare phantom": PREPARE | {"--studies", "--seed", "--size"},
     "prepare nih-cxr14": PREPARE | {"folder"},
     "prepare openi": PREPARE | {"path"},
     "prepare csv": PREPARE
-    | {"path", "--image", "--text", "--study", "--patient", "--split", "--labels", "--image-folder", "--license"},
+    | {"path", "--image", "--text", "--study", "--patient", "--split", "--labels", "--image-folder", "--license"}
+    | {"--view", "--modality", "--no-label-text"},
     "shards plan": COMMON
     | {
         "--samples",
@@ -93,6 +95,59 @@ def test_verbs_and_flags_are_frozen() -> None:
     assert found == FLAGS
 
 
+@dataclass(frozen=True)
+class Options:
+    """A source to be."""
+
+    folder: Path = field(metadata={"help": "where 100 % of it lies"})
+    size: int = 8
+    rate: float = 0.5
+    table: Path | None = None
+    kind: Literal["a", "b"] = field(default="a", metadata={"help": "which", "example": "b"})
+    columns: tuple[str, ...] = ("x",)
+    with_text: bool = False
+
+
+def test_fields_of_a_source_become_its_arguments() -> None:
+    parser = argparse.ArgumentParser()
+    data._add_source(parser.add_subparsers(), "toy", Options)
+    args = parser.parse_args(["toy", "here", "--out", "o"])
+    options = {option.name: getattr(args, option.name) for option in fields(Options)}
+    assert Options(**options) == Options(Path("here"))
+    args = parser.parse_args(
+        [
+            "toy",
+            "here",
+            "--out",
+            "o",
+            "--size",
+            "9",
+            "--rate",
+            "1",
+            "--table",
+            "t",
+            "--kind",
+            "b",
+            "--columns",
+            "y",
+            "z",
+            "--with-text",
+            "--workers",
+            "2",
+        ]
+    )
+    options = {option.name: getattr(args, option.name) for option in fields(Options)}
+    assert options == {
+        "folder": Path("here"), "size": 9, "rate": 1.0, "table": Path("t"), "kind": "b", "columns": ["y", "z"],
+        "with_text": True,
+    }  # fmt: skip
+    with pytest.raises(SystemExit):
+        parser.parse_args(["toy", "here", "--out", "o", "--kind", "c"])
+    (toy,) = verbs(parser).values()
+    assert "where 100 % of it lies" in toy.format_help()
+    assert toy.format_help().endswith("medclip-lab prepare toy path/to/toy --kind b --out shards/toy\n")
+
+
 def test_every_verb_has_an_example_that_parses() -> None:
     for name, parser in verbs(build_parser()).items():
         assert parser.epilog, name
@@ -132,6 +187,7 @@ def place(toy_bundle: Path, toy_shards: Manifest, toy_run: Path, tmp_path: Path)
         ("prepare csv TMP/label.csv --out TMP/o", "Edema"),
         ("prepare phantom --studies 0 --out TMP/o", "studies"),
         ("prepare phantom --samples-per-shard 0 --out TMP/o", "--samples-per-shard"),
+        ("prepare phantom --workers 0 --out TMP/o", "--workers"),
         ("train", "--config is missing"),
         ("train --config TMP/none.yaml", "cannot read"),
         ("train --config TMP/bad.yaml", "bad.yaml:5: unknown key optim.rate"),

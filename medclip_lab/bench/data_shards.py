@@ -1,7 +1,6 @@
-"""Shards that our loader and open_clip's both read: an image, its text as `.txt` and `.json`, one study a sample."""
+"""The same images and texts as shards of ours and as shards that open_clip reads, one study a sample."""
 
 import io
-import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ from PIL import Image
 
 from medclip_lab.data.decode import DecodeError, decode_image
 from medclip_lab.data.decoded import DEEP_MODES
-from medclip_lab.data.manifest import FORMAT, MANIFEST, Manifest
-from medclip_lab.data.phantom import phantom_samples
+from medclip_lab.data.manifest import Manifest
 from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.reader import read_split
+from medclip_lab.data.sample import Sample
+from medclip_lab.data.sources.phantom import Phantom
+from medclip_lab.data.writing import write_all
 from medclip_lab.errors import UserError
-from medclip_lab.files import sha256, write_json
 
 SHARD_SAMPLES = 128
 DRAWN, DRAWN_SIZE = 32, 256  # different phantoms, and their side; each copy gets a grain of its own
@@ -54,7 +54,7 @@ def made(kind: Kind, number: int) -> Iterator[Study]:
     rng = np.random.default_rng(0)
     drawn = [
         (Image.open(io.BytesIO(sample.images[0][1])), sample.text)
-        for sample in phantom_samples(min(DRAWN, number), size=DRAWN_SIZE)
+        for sample in _phantoms(min(DRAWN, number), DRAWN_SIZE)
     ]
     for picture, text in islice(cycle(drawn), number):
         smooth = np.asarray(picture.resize((kind.side, kind.side), Image.Resampling.BICUBIC), dtype=np.float32)
@@ -80,7 +80,7 @@ def given(folder: str | Path, number: int) -> Iterator[Study]:
         UserError: no shards.
     """
     manifest = Manifest.load(folder)
-    reports = cycle([sample.text for sample in phantom_samples(DRAWN, size=32)])
+    reports = cycle([sample.text for sample in _phantoms(DRAWN, 32)])
     split = "+".join(sorted({shard.split for shard in manifest.shards}))
     studies = read_split(manifest, split, Quarantine(manifest.count(split), 1.0))
     found = (
@@ -92,7 +92,7 @@ def given(folder: str | Path, number: int) -> Iterator[Study]:
 
 
 def write(studies: Iterator[Study], ours: Path, peer: Path) -> tuple[int, float, bool]:
-    """Write the shards of both sides: the same files, unless open_clip would lose what is deeper than 8 bits.
+    """Write the shards of both sides: the same images, unless open_clip would lose what is deeper than 8 bits.
 
     Returns:
         The number of samples, the mean bytes of an image, and whether `peer` holds 8-bit copies as PNG.
@@ -108,8 +108,8 @@ def write(studies: Iterator[Study], ours: Path, peer: Path) -> tuple[int, float,
         copies = [_eight_bits(study) for study in taken] if deep else taken
     except DecodeError as error:
         raise UserError(f"bench data: an image cannot be decoded: {error}") from None
-    _write_side(taken, ours)
-    _write_side(copies, peer)
+    write_all(_samples(taken), ours, "bench", SHARD_SAMPLES)
+    _write_theirs(copies, peer)
     return len(taken), sum(len(study.image) for study in taken) / len(taken), deep
 
 
@@ -127,20 +127,25 @@ def _encode(image: Image.Image, suffix: str) -> bytes:
     return encoded.getvalue()
 
 
-def _write_side(studies: list[Study], folder: Path) -> None:
+def _write_theirs(studies: list[Study], folder: Path) -> None:
+    """As open_clip reads them: an image and a `.txt` a sample."""
     folder.mkdir(parents=True)
-    entries = []
     for first in range(0, len(studies), SHARD_SAMPLES):
-        part = studies[first : first + SHARD_SAMPLES]
         path = folder / f"train-{first // SHARD_SAMPLES:05d}.tar"
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for number, study in enumerate(part, first):
-                record = {"study_id": f"s{number}", "patient_id": f"p{number}", "split": "train", "text": study.text}
-                members = ((study.suffix, study.image), ("json", json.dumps(record).encode()))
-                for suffix, data in (*members, ("txt", study.text.encode())):
+            for number, study in enumerate(studies[first : first + SHARD_SAMPLES], first):
+                for suffix, data in ((study.suffix, study.image), ("txt", study.text.encode())):
                     info = tarfile.TarInfo(f"s{number:06d}.{suffix}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
-        facts = {"name": path.name, "split": "train", "samples": len(part), "bytes": path.stat().st_size}
-        entries.append(facts | {"sha256": sha256(path)})
-    write_json(folder / MANIFEST, {"format": FORMAT, "source": "bench", "labels": {}, "shards": entries})
+
+
+def _samples(studies: list[Study]) -> Iterator[Sample]:
+    for number, study in enumerate(studies):
+        images = [(study.suffix, study.image)]
+        yield Sample(study_id=f"s{number}", patient_id=f"p{number}", split="train", images=images, text=study.text)
+
+
+def _phantoms(number: int, size: int) -> list[Sample]:
+    source = Phantom(studies=number, size=size)
+    return [source.read(record, lambda *_, **__: None) for record in source.records()]

@@ -6,10 +6,10 @@ import resource
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
@@ -65,33 +65,25 @@ def bench_resume(samples: int = 1_000_000, batch: int = 64, say: Callable[[str],
 def _write(folder: Path, samples: int) -> None:
     from PIL import Image
 
-    from medclip_lab.data.index import index_path, write_index
-    from medclip_lab.data.manifest import FORMAT, MANIFEST
-    from medclip_lab.files import sha256, write_json
+    from medclip_lab.data.index import index_path
+    from medclip_lab.data.sample import Sample
+    from medclip_lab.data.writing import shard_name, write_manifest, write_shard
 
     encoded = BytesIO()
     Image.linear_gradient("L").resize((SIDE, SIDE)).save(encoded, "PNG")
-    first = folder / "train-00000.tar"
-    with tarfile.open(first, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in _members(encoded.getvalue()):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, BytesIO(data))
-    facts = {"split": "train", "samples": SAMPLES_PER_SHARD, "bytes": first.stat().st_size, "sha256": sha256(first)}
-    write_index(first, str(facts["sha256"]), {})
-    names = [f"train-{number:05d}.tar" for number in range(samples // SAMPLES_PER_SHARD)]
+    images = [("png", encoded.getvalue())]
+    names = [shard_name("train", number) for number in range(samples // SAMPLES_PER_SHARD)]
+    first = folder / names[0]
+    studies = (
+        Sample(study_id=f"s{number}", patient_id=f"p{number}", split="train", images=images, text="No finding.")
+        for number in range(SAMPLES_PER_SHARD)
+    )
+    written = write_shard(first, "train", studies)
+    assert written is not None
     for name in names[1:]:  # what a sample is called is no matter here: it is told by its place
         shutil.copy(first, folder / name)
         shutil.copy(index_path(first), index_path(folder / name))
-    shards = [{"name": name, **facts} for name in names]
-    write_json(folder / MANIFEST, {"format": FORMAT, "source": "bench", "labels": {}, "shards": shards})
-
-
-def _members(image: bytes) -> Iterator[tuple[str, bytes]]:
-    for number in range(SAMPLES_PER_SHARD):
-        record = {"study_id": f"s{number}", "patient_id": f"p{number}", "split": "train", "text": "No finding."}
-        yield f"s{number}.png", image
-        yield f"s{number}.json", json.dumps(record).encode()
+    write_manifest(folder, "bench", [replace(written, name=name) for name in names])
 
 
 def main() -> None:

@@ -1,56 +1,99 @@
 """Verbs of the data: from source files to shards."""
 
 import argparse
+import inspect
+import sys
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from medclip_lab.cli.common import Verbs, add_max_bad, add_verb, say
 
 
 def add_prepare(verbs: Verbs) -> None:
+    from medclip_lab.data.sources import SOURCES, source_class
+
     parser = verbs.add_parser("prepare", help="source files to shards", description="Source files to shards.")
     sources = parser.add_subparsers(dest="source", metavar="SOURCE", required=True)
+    for name in SOURCES:
+        _add_source(sources, name, source_class(name))
 
-    def source(name: str, help_text: str, example: str) -> argparse.ArgumentParser:
-        added = add_verb(sources, name, help_text, f"prepare {example}", _run_prepare)
-        added.epilog = f"example:\n  medclip-lab prepare {example}"
-        added.add_argument("--out", type=Path, required=True, help="folder for the shards")
-        added.add_argument("--samples-per-shard", type=int, default=256, help="studies in a shard (default: 256)")
-        add_max_bad(added)
-        return added
 
-    phantom = source("phantom", "synthetic chest radiographs with reports", "phantom --studies 1000 --out shards")
-    phantom.add_argument("--studies", type=int, default=1000, help="number of studies (default: 1000)")
-    phantom.add_argument("--seed", type=int, default=0)
-    phantom.add_argument("--size", type=int, default=128, help="side of the images in pixels (default: 128)")
-
-    nih = source("nih-cxr14", "NIH ChestX-ray14 in its original layout", "nih-cxr14 path/to/CXR8 --out shards/nih")
-    nih.add_argument("folder", type=Path, help="folder with Data_Entry_2017*.csv and the images")
-
-    openi = source("openi", "Open-i (Indiana University) reports", "openi NLMCXR_reports.tgz --out shards/openi")
-    openi.add_argument("path", type=Path, help="NLMCXR_reports.tgz, or the folder with its XML files")
-
-    table = source(
-        "csv", "a table of your own images and texts", "csv studies.csv --image image --text report --out shards"
+def _add_source(sources: Verbs, name: str, cls: type[Any]) -> None:
+    """A verb for a source: the first line of its file says what it is, its fields are what it takes."""
+    about = str(sys.modules[cls.__module__].__doc__).strip()
+    parser = add_verb(sources, name, about.partition("\n")[0].rstrip("."), _example(name, cls), _run_prepare)
+    parser.description = f"{about}\n\n{inspect.getdoc(cls)}"
+    types = get_type_hints(cls)
+    for option in fields(cls):
+        _add_option(parser, option, types[option.name])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    parser.add_argument("--samples-per-shard", type=int, default=256, help="studies in a shard (default: 256)")
+    parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core)")
+    parser.add_argument(
+        "--executor",
+        choices=("processes", "ray"),
+        default="processes",
+        help="ray: on the cluster of RAY_ADDRESS, whose nodes see the same folders (default: processes)",
     )
-    table.add_argument("path", type=Path, help=".csv or .tsv with a header line")
-    table.add_argument("--image", default="image", help="column of image paths (default: image)")
-    table.add_argument("--text", default="text", help="column of reports (default: text)")
-    table.add_argument(
-        "--study", default=None, help="column of study ids, its rows being one study (default: study_id, if there)"
+    parser.add_argument(
+        "--duplicates",
+        choices=("report", "drop", "ignore"),
+        default="report",
+        help="report: count what stands there twice; drop: also leave out later studies with an image of an earlier "
+        "one, test before val before train; ignore: do not look (default: report)",
     )
-    table.add_argument("--patient", default=None, help="column of patient ids (default: patient_id, if there)")
-    table.add_argument(
-        "--split", default=None, help="column of train/val/test (default: split, if there, else 80/10/10)"
-    )
-    table.add_argument("--labels", nargs="+", default=None, help="label columns (default: CheXpert's names)")
-    table.add_argument("--image-folder", type=Path, default=None, help="where relative image paths start")
-    table.add_argument("--license", default="private", help="noted in every study (default: private)")
+    add_max_bad(parser)
+
+
+def _add_option(parser: argparse.ArgumentParser, option: "Field[Any]", hint: Any) -> None:
+    """An argument for a field of a source: by position if it has no default, else a flag."""
+    settings: dict[str, Any] = {"help": option.metadata.get("help", "").replace("%", "%%")}
+    members = [member for member in get_args(hint) if member is not NoneType]
+    if NoneType in get_args(hint) and len(members) == 1:
+        hint = members[0]
+    if get_origin(hint) is Literal:
+        settings["choices"] = get_args(hint)
+    elif get_origin(hint) is tuple:
+        settings |= {"nargs": "+", "type": get_args(hint)[0]}
+    elif hint is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+    else:
+        settings["type"] = hint
+    if option.default is MISSING:
+        parser.add_argument(option.name, **settings)
+        return
+    if option.default is not None and "(default" not in settings["help"]:
+        settings["help"] += f" (default: {option.default})"
+    parser.add_argument(f"--{option.name.replace('_', '-')}", default=option.default, **settings)
+
+
+def _example(name: str, cls: type[Any]) -> str:
+    words = ["prepare", name]
+    for option in fields(cls):
+        required = option.default is MISSING
+        value = option.metadata.get("example", f"path/to/{name}" if required else None)
+        if value is not None:
+            words += [value] if required else [f"--{option.name.replace('_', '-')}", value]
+    return " ".join([*words, "--out", f"shards/{name}"])
 
 
 def _run_prepare(args: argparse.Namespace) -> None:
     from medclip_lab.data.prepare import prepare
+    from medclip_lab.data.sources import source_class
 
-    quiet = ("run", "command", "debug", "json", "verb", "source", "out", "samples_per_shard", "max_bad")
-    options = {name: value for name, value in vars(args).items() if name not in quiet}
-    manifest, summary = prepare(args.source, args.out, args.samples_per_shard, args.max_bad, args.command, **options)
+    cls = source_class(args.source)
+    options = {option.name: getattr(args, option.name) for option in fields(cls)}
+    source = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})
+    manifest, summary = prepare(
+        source,
+        args.out,
+        samples_per_shard=args.samples_per_shard,
+        max_bad=args.max_bad,
+        duplicates=args.duplicates,
+        workers=args.workers,
+        executor=args.executor,
+        command=args.command,
+    )
     say(args, manifest, summary)

@@ -117,7 +117,7 @@ def _images(study: Study) -> Iterator[Fault]:
         if suffix == "nii.gz":
             continue  # volumes have no decoder here
         try:
-            decode_image(data, suffix)
+            decode_image(data, suffix).eight_bits()
         except DecodeError as error:
             yield Fault("unreadable image", str(error))
 

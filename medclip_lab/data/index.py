@@ -7,21 +7,17 @@ of the tar with a suffix we know. So what a shard holds besides is never looked 
 import json
 import re
 import tarfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from webdataset.tariterators import group_by_keys
-
+from medclip_lab.data.sample import IMAGE_SUFFIXES, MAX_MEMBER_BYTES
 from medclip_lab.files import write_json
 
 FORMAT = "medclip-lab-shard-index/1"
 SUFFIX = ".index.json"
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "dcm", "nii.gz")
 TEXT_SUFFIXES = ("json", "txt")
-MAX_MEMBER_BYTES = 256 * 2**20  # a larger member is quarantined before a byte of it is read
 MAX_TEXT_BYTES = 16 * 2**20
 MAX_HEADER_BYTES = 64 * 2**10  # of a header that extends another: a name or a comment of any length is one
 MAX_SAMPLES = 2**20
@@ -88,6 +84,8 @@ def scan(path: Path) -> ShardIndex:
     Raises:
         OSError: the file cannot be opened.
     """
+    from webdataset.tariterators import group_by_keys  # here, as it imports torch, which who writes can do without
+
     faults: list[Fault] = []
     samples: list[dict[str, Any]] = []
 
@@ -147,23 +145,10 @@ def index_path(shard: Path) -> Path:
     return shard.with_name(shard.name.removesuffix(".tar") + SUFFIX)
 
 
-def write_index(shard: Path, sha256: str, labels: dict[str, dict[str, int]], out: Path | None = None) -> None:
-    """Write the index of a shard beside it, or to `out`.
-
-    Args:
-        sha256: of the shard, so that the index of another is not believed.
-        labels: what is stated about each sample, by its key.
-    """
-    samples = []
-    with shard.open("rb") as file:
-        for entry in scan(shard).entries:
-            members = []
-            for member in entry.members:
-                file.seek(member.offset)
-                members.append(member._replace(crc32=zlib.crc32(file.read(member.size))))
-            samples.append([entry.key, members, labels.get(entry.key, {})])
-    value = {"format": FORMAT, "sha256": sha256, "samples": samples}
-    write_json(out or index_path(shard), value, indent=None)
+def write_index(shard: Path, sha256: str, entries: Iterable[Entry]) -> None:
+    """Write the index of a shard beside it; `sha256` is the shard's, so that the index of another is not believed."""
+    samples = [[entry.key, entry.members, entry.labels or {}] for entry in entries]
+    write_json(index_path(shard), {"format": FORMAT, "sha256": sha256, "samples": samples}, indent=None)
 
 
 def read_index(shard: Path, sha256: str) -> ShardIndex | None:

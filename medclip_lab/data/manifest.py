@@ -8,12 +8,10 @@ from typing import Any, Self
 
 from medclip_lab.data import remote
 from medclip_lab.data.index import scan
+from medclip_lab.data.sample import SPLITS
+from medclip_lab.data.writing import FORMAT, MANIFEST
 from medclip_lab.errors import UserError
 from medclip_lab.files import read_json
-
-MANIFEST = "manifest.json"
-FORMAT = "medclip-lab-shards/1"
-SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)

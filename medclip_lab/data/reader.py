@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from medclip_lab.data.index import IMAGE_SUFFIXES, Entry, Fault, ShardIndex, labels_of, read_index, scan
+from medclip_lab.data.index import Entry, Fault, ShardIndex, labels_of, read_index, scan
 from medclip_lab.data.manifest import Manifest, Shard
 from medclip_lab.data.quarantine import Quarantine
+from medclip_lab.data.sample import IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)

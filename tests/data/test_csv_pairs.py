@@ -8,11 +8,13 @@ import pytest
 
 from medclip_lab.data.decode import decode_image
 from medclip_lab.data.quarantine import Quarantine
-from medclip_lab.data.shards import Sample, write_shards
+from medclip_lab.data.sample import Sample
+from medclip_lab.data.shards import write_shards
 from medclip_lab.data.sources.common import split_by_hash
-from medclip_lab.data.sources.csv_pairs import csv_samples, csv_total
+from medclip_lab.data.sources.csv_pairs import CsvPairs
 from medclip_lab.errors import UserError
 
+from .reading import read_all
 from .test_sources import DICOM, PNG, encoded
 
 
@@ -32,7 +34,7 @@ def table(tmp_path: Path) -> Callable[..., Path]:
 
 
 def read(path: Path, **options: Any) -> list[Sample]:
-    return list(csv_samples(path, **options))
+    return list(read_all(CsvPairs(path, **options)))
 
 
 def test_csv_pairs_of_image_and_text(table: Callable[..., Path]) -> None:
@@ -40,7 +42,7 @@ def test_csv_pairs_of_image_and_text(table: Callable[..., Path]) -> None:
         'image,text\na.png,"FINDINGS: Small effusion. IMPRESSION: No edema."\nsub/b.jpg,Normal chest.\n',
         {"a.png": PNG, "sub/b.jpg": encoded("JPEG")},
     )
-    assert csv_total(path) == 2
+    assert len(CsvPairs(path).records()) == 2
     first, second = read(path, license="CC0-1.0")
     assert first.images == [("png", PNG)]
     assert first.sections == {"findings": "Small effusion.", "impression": "No edema."}
@@ -80,7 +82,7 @@ def test_csv_rows_of_a_study_are_one_study(table: Callable[..., Path], tmp_path:
         "s1,p1,a.png,pa,Unchanged since yesterday.,train\n",
         {"pictures/a.png": PNG, "pictures/b.png": encoded(shade=10), "pictures/c.dcm": DICOM},
     )
-    assert csv_total(path) == 2
+    assert len(CsvPairs(path).records()) == 2
     one, two = read(path, image_folder=tmp_path / "pictures")
     assert (one.study_id, one.patient_id, one.view) == ("s1", "p1", ["PA", "LATERAL"])
     assert one.images == [("png", PNG), ("png", encoded(shade=10))]
@@ -95,25 +97,25 @@ def test_csv_label_columns(table: Callable[..., Path]) -> None:
     assert first.labels == {"Edema": -1, "Pleural Effusion": 0}
     assert second.labels == {"Edema": None, "Pleural Effusion": 1}
     assert first.sentences[0]["labels"] == {"Pleural Effusion": 1}  # a sentence is labelled by what it says
-    assert [sample.labels for sample in read(path, label_columns=["tumour"])] == [{"tumour": 1}, {"tumour": 0}]
+    assert [sample.labels for sample in read(path, labels=("tumour",))] == [{"tumour": 1}, {"tumour": 0}]
     assert second.text == ""
 
 
 def test_csv_texts_that_are_no_chest_reports(table: Callable[..., Path]) -> None:
-    (sample,) = read(table("text\nA mass in the left breast.\n"), image_column=None, label_text=False, modality="MG")
+    (sample,) = read(table("text\nA mass in the left breast.\n"), image="", label_text=False, modality="MG")
     assert (sample.labels, sample.sentences, sample.modality) == ({}, [], "MG")
     assert sample.text == "A mass in the left breast."
 
 
 def test_csv_text_only_and_image_only_tables(table: Callable[..., Path]) -> None:
-    (text_only,) = read(table("report\nClear lungs.\n"), image_column="", text_column="report")
+    (text_only,) = read(table("report\nClear lungs.\n"), image="", text="report")
     assert (text_only.images, text_only.text) == ([], "Clear lungs.")
-    (image_only,) = read(table("image\na.png\n", {"a.png": PNG}), text_column=None)
+    (image_only,) = read(table("image\na.png\n", {"a.png": PNG}), text="")
     assert (image_only.text, image_only.labels, image_only.sections) == ("", {}, {})
 
 
 def test_csv_preamble_is_text_where_nothing_else_is(table: Callable[..., Path]) -> None:
-    (sample,) = read(table("text\nClear lungs. COMPARISON: None seen.\n"), image_column=None)
+    (sample,) = read(table("text\nClear lungs. COMPARISON: None seen.\n"), image="")
     assert sample.text == "Clear lungs."
 
 
@@ -125,7 +127,7 @@ def test_csv_counts_bad_images_and_empty_rows(table: Callable[..., Path], tmp_pa
     )
     listed = tmp_path / "bad.jsonl"
     quarantine = Quarantine(9, ceiling=1.0, path=listed)
-    samples = read(path, quarantine=quarantine)
+    samples = list(read_all(CsvPairs(path), quarantine))
     assert [sample.study_id for sample in samples] == ["1", "6", "7", "9"]
     assert samples[1].images == [("png", PNG)]
     assert samples[2].images == []
@@ -154,10 +156,10 @@ def test_csv_absolute_paths_do_not_name_studies(table: Callable[..., Path], tmp_
         ("", {}, "the file is empty"),
         ("image,text\n", {}, "no row"),
         ("picture,text\na.png,b\n", {}, "no column 'image'.*'picture', 'text'"),
-        ("image,report\na.png,b\n", {"text_column": "reports"}, r"no column 'reports' \(did you mean 'report'\?\)"),
-        ("image,text\na.png,b\n", {"patient_column": "pat"}, "no column 'pat'"),
-        ("image,text\na.png,b\n", {"label_columns": ["Edema"]}, "no column 'Edema'"),
-        ("image,text\na.png,b\n", {"image_column": None, "text_column": None}, "neither an image nor a text column"),
+        ("image,report\na.png,b\n", {"text": "reports"}, r"no column 'reports' \(did you mean 'report'\?\)"),
+        ("image,text\na.png,b\n", {"patient": "pat"}, "no column 'pat'"),
+        ("image,text\na.png,b\n", {"labels": ("Edema",)}, "no column 'Edema'"),
+        ("image,text\na.png,b\n", {"image": "", "text": ""}, "neither an image nor a text column"),
         ("image,text,Edema\na.png,b,yes\n", {}, "line 2: label column 'Edema' holds 'yes', one of 1, 0, -1 or blank"),
         ("image,text,split\na.png,b,all\n", {}, "line 2: column 'split' holds 'all'"),
         ("image,text,split\na.png,b,\n", {}, "line 2: column 'split' is empty"),
@@ -187,5 +189,5 @@ def test_csv_needs_a_utf8_file(tmp_path: Path) -> None:
 def test_csv_reaches_shards(table: Callable[..., Path], tmp_path: Path) -> None:
     rows = "".join(f"s{n},p{n // 2},a.png,Case {n}: small effusion.\n" for n in range(30))
     path = table("study_id,patient_id,image,text\n" + rows, {"a.png": PNG})
-    manifest = write_shards(csv_samples(path), tmp_path / "shards", "csv")
+    manifest = write_shards(read_all(CsvPairs(path)), tmp_path / "shards", "csv")
     assert manifest.facts["samples"] == 30

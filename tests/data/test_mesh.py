@@ -7,7 +7,9 @@ import pytest
 
 from medclip_lab.data.findings import CHEXPERT14
 from medclip_lab.data.mesh import agreement, agreement_table, developed_on, mesh_labels
-from medclip_lab.data.sources.openi import openi_samples
+from medclip_lab.data.sources.openi import OpenI
+
+from .reading import read_all
 
 
 @pytest.mark.parametrize(
@@ -127,7 +129,7 @@ def test_halves_do_not_move() -> None:
 
 
 def test_rules_agree_with_mesh_on_real_reports(real_data: Path) -> None:
-    samples = openi_samples(real_data / "openi-reports" / "NLMCXR_reports.tgz")
+    samples = read_all(OpenI(real_data / "openi-reports" / "NLMCXR_reports.tgz"))
     rows = agreement((sample.labels, sample.extra["mesh_labels"]) for sample in samples)
     assert {row.label: row.f1 for row in rows if row.f1 < FLOORS[row.label]} == {}
     assert all(row.mesh >= 20 for row in rows)

@@ -11,17 +11,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from medclip_lab.data.findings import CHEXPERT14, NO_FINDING, SUPPORT_DEVICES
-from medclip_lab.data.manifest import SPLITS
-from medclip_lab.data.phantom import phantom_samples
-from medclip_lab.data.shards import Sample
+from medclip_lab.data.sample import SPLITS, Sample
+from medclip_lab.data.sources.phantom import Phantom
 from medclip_lab.errors import UserError
+
+from .reading import read_all
 
 STUDIES = 640
 
 
 @pytest.fixture(scope="module")
 def samples() -> list[Sample]:
-    return list(phantom_samples(STUDIES, seed=5, size=64))
+    return list(read_all(Phantom(STUDIES, seed=5, size=64)))
 
 
 def picture(sample: Sample, number: int = 0) -> NDArray[np.float64]:
@@ -36,9 +37,9 @@ def inside(image: NDArray[np.float64], box: list[float]) -> float:
 
 
 def test_same_seed_same_bytes() -> None:
-    first, second = (list(phantom_samples(30, seed=3, size=48)) for _ in range(2))
+    first, second = (list(read_all(Phantom(30, seed=3, size=48))) for _ in range(2))
     assert first == second
-    other = list(phantom_samples(30, seed=4, size=48))
+    other = list(read_all(Phantom(30, seed=4, size=48)))
     assert not {s.study_id for s in first} & {s.study_id for s in other}
     assert not {s.images[0][1] for s in first} & {s.images[0][1] for s in other}
     assert [s.text for s in first] != [s.text for s in other]
@@ -49,17 +50,20 @@ def test_pictures_of_a_study_differ_from_each_other(samples: list[Sample]) -> No
     assert len(set(files)) == len(files)
 
 
-def test_workers_change_nothing() -> None:
-    # More patients than a chunk holds, so that both processes have work and the order could be lost.
-    alone = list(phantom_samples(120, seed=1, size=32))
-    together = list(phantom_samples(120, seed=1, size=32, workers=2))
-    assert alone == together
-    assert [s.study_id for s in alone] == [f"phantom-1-{number:06d}" for number in range(120)]
+def test_studies_are_numbered_in_order() -> None:
+    records = Phantom(120, seed=1, size=32).records()
+    assert [record.study_id for record in records] == [f"phantom-1-{number:06d}" for number in range(120)]
 
 
 def test_fewer_studies_are_the_beginning_of_more() -> None:
-    many = phantom_samples(60, seed=2, size=32)
-    assert list(phantom_samples(25, seed=2, size=32)) == list(islice(many, 25))
+    many = read_all(Phantom(60, seed=2, size=32))
+    assert list(read_all(Phantom(25, seed=2, size=32))) == list(islice(many, 25))
+
+
+def test_a_study_needs_no_other_to_be_read_first() -> None:
+    source = Phantom(20, seed=3, size=32)
+    in_order = list(read_all(source))
+    assert [source.read(record, lambda *_: None) for record in reversed(source.records())] == in_order[::-1]
 
 
 def test_every_label_has_every_state(samples: list[Sample]) -> None:
@@ -269,9 +273,8 @@ def test_large_heart_is_wide(samples: list[Sample]) -> None:
         ({"studies": 0}, "studies=0"),
         ({"studies": 4, "size": 31}, "size=31"),
         ({"studies": 4, "seed": -1}, "seed=-1"),
-        ({"studies": 4, "workers": 0}, "workers=0"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, int], named: str) -> None:
     with pytest.raises(UserError, match=named):
-        phantom_samples(**arguments)  # at the call, not at the first sample
+        Phantom(**arguments).records()

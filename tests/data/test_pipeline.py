@@ -12,7 +12,8 @@ from medclip_lab.data.augment import AugmentConfig
 from medclip_lab.data.manifest import Manifest
 from medclip_lab.data.pipeline import BatchStream, DataConfig, SourceConfig, loader, steps_once, steps_per_epoch
 from medclip_lab.data.preprocess import PreprocessConfig
-from medclip_lab.data.shards import Sample, write_shards
+from medclip_lab.data.sample import Sample
+from medclip_lab.data.shards import write_shards
 from medclip_lab.data.text import TextConfig
 from medclip_lab.errors import UserError
 

@@ -322,5 +322,5 @@ def test_writing_an_index_again_changes_nothing(tmp_path: Path) -> None:
     before = path.read_bytes()
     index = read_index(Path(shard.url), shard.sha256)
     assert index is not None
-    write_index(Path(shard.url), shard.sha256, {entry.key: entry.labels or {} for entry in index.entries})
+    write_index(Path(shard.url), shard.sha256, index.entries)
     assert path.read_bytes() == before

@@ -15,9 +15,11 @@ from medclip_lab.data.findings import CHEXPERT14
 from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.shards import write_shards
 from medclip_lab.data.sources.common import BadImageError, check_image, image_suffix, read_table, split_by_hash
-from medclip_lab.data.sources.nih_cxr14 import CHEXPERT_OF, NEVER_LABELLED, nih_samples, nih_total
-from medclip_lab.data.sources.openi import MAX_XML_BYTES, openi_samples, openi_total
+from medclip_lab.data.sources.nih_cxr14 import CHEXPERT_OF, NEVER_LABELLED, NihCxr14
+from medclip_lab.data.sources.openi import MAX_XML_BYTES, OpenI
 from medclip_lab.errors import UserError
+
+from .reading import read_all
 
 
 def encoded(kind: str = "PNG", shade: int = 90) -> bytes:
@@ -133,8 +135,8 @@ def test_nih_original_layout(nih: Callable[..., Path]) -> None:
     (folder / "Data_Entry_2017.csv").write_text("an older release")
     (folder / "test_list.txt").write_text("00000003_000.png\n")
     (folder / "train_val_list.txt").write_text("\n".join(names[:3]))
-    assert nih_total(folder) == 4
-    samples = list(nih_samples(folder))
+    assert len(NihCxr14(folder).records()) == 4
+    samples = list(read_all(NihCxr14(folder)))
     assert [sample.study_id for sample in samples] == [f"nih-{name[:8]}-{name[9:12]}" for name in names]
     assert all(sample.key == sample.study_id for sample in samples)
     assert [sample.patient_id for sample in samples] == ["nih-00000001"] * 2 + ["nih-00000002", "nih-00000003"]
@@ -161,7 +163,7 @@ def test_nih_without_lists_splits_by_patient(nih: Callable[..., Path]) -> None:
     rows = "".join(f"{n:08}_{m:03}.png,No Finding,{m},{n},50,M,PA,1\n" for n in range(1, 21) for m in range(2))
     folder = nih("Data_Entry_2017.csv", ORIGINAL + rows, [f"images/{row.split(',')[0]}" for row in rows.splitlines()])
     splits: dict[str, set[str]] = {}
-    for sample in nih_samples(folder):
+    for sample in read_all(NihCxr14(folder)):
         splits.setdefault(sample.patient_id, set()).add(sample.split)
     assert splits == {patient: {split_by_hash(patient)} for patient in splits}
 
@@ -174,7 +176,7 @@ def test_nih_reduced_layout_and_bad_images(nih: Callable[..., Path], tmp_path: P
     (folder / "images" / "00000003_000.png").write_bytes(PNG[:-30])
     listed = tmp_path / "bad.jsonl"
     quarantine = Quarantine(3, ceiling=1.0, path=listed)
-    (sample,) = nih_samples(folder, quarantine)
+    (sample,) = read_all(NihCxr14(folder), quarantine)
     assert (sample.split, sample.labels["Pneumonia"], sample.labels["No Finding"]) == ("train", 1, 0)
     assert quarantine.causes == {"missing image": 1, "unreadable image": 1}
     assert [json.loads(line)["key"] for line in listed.read_text().splitlines()] == [
@@ -182,7 +184,7 @@ def test_nih_reduced_layout_and_bad_images(nih: Callable[..., Path], tmp_path: P
         "nih-00000003-000",
     ]
     with pytest.raises(UserError, match="unusable"):
-        list(nih_samples(folder))  # the usual ceiling is one of three
+        list(read_all(NihCxr14(folder)))  # the usual ceiling is one of three
 
 
 @pytest.mark.parametrize(
@@ -199,31 +201,31 @@ def test_nih_reduced_layout_and_bad_images(nih: Callable[..., Path], tmp_path: P
 )
 def test_nih_says_what_is_wrong_with_a_table(nih: Callable[..., Path], table: str, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        list(nih_samples(nih(table, text, ["images/a.png"])))
+        list(read_all(NihCxr14(nih(table, text, ["images/a.png"]))))
 
 
 def test_nih_needs_a_folder_with_images(nih: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        list(nih_samples(tmp_path / "nowhere"))
+        list(read_all(NihCxr14(tmp_path / "nowhere")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty"):
-        nih_total(tmp_path / "empty")
+        NihCxr14(tmp_path / "empty").records()
     (tmp_path / "nih").mkdir()
     with pytest.raises(UserError, match="no images in"):
-        list(nih_samples(nih("metadata.csv", REDUCED + "a.png,Edema,1,0,60,F,AP,train", [])))
+        list(read_all(NihCxr14(nih("metadata.csv", REDUCED + "a.png,Edema,1,0,60,F,AP,train", []))))
 
 
 def test_nih_names_in_the_table_are_no_paths(nih: Callable[..., Path]) -> None:
     folder = nih("metadata.csv", REDUCED + "../metadata.csv,Edema,1,0,60,F,AP,train", ["images/a.png"])
     quarantine = lenient()
-    assert list(nih_samples(folder, quarantine)) == []
+    assert list(read_all(NihCxr14(folder), quarantine)) == []
     assert quarantine.causes == {"missing image": 1}
 
 
 def test_nih_real(real_data: Path) -> None:
     folder = real_data / "nih-cxr-1000"
-    quarantine = Quarantine(nih_total(folder))
-    samples = list(nih_samples(folder, quarantine))
+    quarantine = Quarantine(len(NihCxr14(folder).records()))
+    samples = list(read_all(NihCxr14(folder), quarantine))
     assert not quarantine.causes
     assert len(samples) == len({sample.key for sample in samples}) == 1000
     assert len({sample.patient_id for sample in samples}) == 682
@@ -264,9 +266,9 @@ def test_openi_archive_and_folder_give_the_same(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
     path = archive(tmp_path / "reports.tgz", {**reports, "ecgen-radiology/README.txt": b"no report"})
-    samples = list(openi_samples(path))
-    assert samples == list(openi_samples(tmp_path / "ecgen-radiology")) == list(openi_samples(tmp_path))
-    assert openi_total(path) == openi_total(tmp_path) == 3
+    samples = list(read_all(OpenI(path)))
+    assert samples == list(read_all(OpenI(tmp_path / "ecgen-radiology"))) == list(read_all(OpenI(tmp_path)))
+    assert len(OpenI(path).records()) == len(OpenI(tmp_path).records()) == 3
     sample = samples[0]
     assert (sample.study_id, sample.patient_id, sample.key) == ("openi-cxr1", "openi-cxr1", "openi-cxr1")
     assert sample.split == split_by_hash("openi-cxr1")
@@ -309,7 +311,7 @@ def test_openi_counts_what_is_no_report(tmp_path: Path, data: bytes, cause: str,
     listed = tmp_path / "bad.jsonl"
     quarantine = Quarantine(2, ceiling=0.5, path=listed)
     samples = list(
-        openi_samples(archive(tmp_path / "a.tgz", {"1.xml": data, "2.xml": report_xml(2).encode()}), quarantine)
+        read_all(OpenI(archive(tmp_path / "a.tgz", {"1.xml": data, "2.xml": report_xml(2).encode()})), quarantine)
     )
     assert [sample.study_id for sample in samples] == ["openi-cxr2"]
     assert quarantine.causes == {cause: 1}
@@ -324,29 +326,29 @@ def test_openi_reads_plain_files_only_and_writes_none(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
     path = archive(work / "a.tgz", {"link.xml": link, "../../escape.xml": report_xml(7).encode()})
-    assert [sample.study_id for sample in openi_samples(path)] == ["openi-cxr7"]
+    assert [sample.study_id for sample in read_all(OpenI(path))] == ["openi-cxr7"]
     assert [entry.name for entry in tmp_path.rglob("*")] == ["work", "a.tgz"]
 
 
 def test_openi_says_what_is_wrong_with_the_path(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        list(openi_samples(tmp_path / "nowhere"))
+        list(read_all(OpenI(tmp_path / "nowhere")))
     (tmp_path / "file.tgz").write_bytes(b"no archive")
     with pytest.raises(UserError, match="cannot read the archive"):
-        list(openi_samples(tmp_path / "file.tgz"))
+        list(read_all(OpenI(tmp_path / "file.tgz")))
     whole = archive(tmp_path / "whole.tgz", {f"{n}.xml": report_xml(n).encode() for n in range(50)})
     (tmp_path / "cut.tgz").write_bytes(whole.read_bytes()[:-200])
     with pytest.raises(UserError, match="cannot read the archive"):
-        list(openi_samples(tmp_path / "cut.tgz"))
+        list(read_all(OpenI(tmp_path / "cut.tgz")))
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.txt").write_text("")
     with pytest.raises(UserError, match=r"no \.xml file"):
-        list(openi_samples(tmp_path / "folder"))
+        list(read_all(OpenI(tmp_path / "folder")))
 
 
 def test_openi_real(real_data: Path, tmp_path: Path) -> None:
     quarantine = Quarantine(3955)
-    samples = list(openi_samples(real_data / "openi-reports" / "NLMCXR_reports.tgz", quarantine))
+    samples = list(read_all(OpenI(real_data / "openi-reports" / "NLMCXR_reports.tgz"), quarantine))
     assert quarantine.causes == {"no findings and no impression": 28}
     assert len(samples) == len({sample.key for sample in samples}) == 3955 - 28
     assert sum("impression" in sample.sections for sample in samples) == 3921

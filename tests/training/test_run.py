@@ -15,7 +15,8 @@ from medclip_lab.data.manifest import Manifest
 from medclip_lab.data.order import Row
 from medclip_lab.data.pipeline import BatchStream
 from medclip_lab.data.reader import Reader
-from medclip_lab.data.shards import Sample, write_shards
+from medclip_lab.data.sample import Sample
+from medclip_lab.data.shards import write_shards
 from medclip_lab.errors import UserError
 from medclip_lab.models.dual_encoder import build_spec
 from medclip_lab.training import run as runs

@@ -1,4 +1,4 @@
-"""A phantom patient from first to last study, as plain data: all that a worker process has to import."""
+"""A study of a phantom patient, as plain data."""
 
 import hashlib
 from typing import Any
@@ -22,36 +22,28 @@ def studies_of(seed: int, patient: int) -> int:
     return 1 + int(_rng(seed, patient, 0).choice(4, p=_FOLLOW_UPS))
 
 
-def make_patients(tasks: list[tuple[int, int, int]], seed: int, size: int) -> list[dict[str, Any]]:
-    """The studies of several patients, each task (patient, number of the first study, studies)."""
-    return [study for task in tasks for study in _make_patient(*task, seed=seed, size=size)]
-
-
 def _rng(seed: int, patient: int, stream: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence((seed, patient, stream)))
 
 
-def _make_patient(patient: int, first: int, studies: int, *, seed: int, size: int) -> list[dict[str, Any]]:
-    """The first `studies` studies of a patient, as the fields of a `shards.Sample` each."""
+def patient_name(seed: int, patient: int) -> str:
+    return f"p-{seed}-{patient:05d}"
+
+
+def split_of(patient_id: str) -> str:
+    part = int.from_bytes(hashlib.sha256(patient_id.encode()).digest()[:4], "big") / 2**32
+    return "train" if part < 0.7 else "val" if part < 0.8 else "test"
+
+
+def make_study(seed: int, patient: int, number: int, size: int) -> dict[str, Any]:
+    """Study `number` of a patient, from 0, as fields of a `Sample`; what came before it is gone through, not drawn."""
     history = _rng(seed, patient, 1)
     case = first_case(history)
     body = Body.sample(history, case.age, case.sex)
-    patient_id = f"p-{seed}-{patient:05d}"
-    made = []
-    for number in range(studies):
-        if number:
-            case = next_case(history, case)
-        rng = _rng(seed, patient, 2 + number)  # its own, so that a change of the drawing changes no history
-        made.append(
-            {"study_id": f"phantom-{seed}-{first + number:06d}", "patient_id": patient_id, "split": _split(patient_id)}
-        )
-        made[-1] |= _make_study(case, body, rng, size)
-    return made
-
-
-def _split(patient_id: str) -> str:
-    part = int.from_bytes(hashlib.sha256(patient_id.encode()).digest()[:4], "big") / 2**32
-    return "train" if part < 0.7 else "val" if part < 0.8 else "test"
+    for _ in range(number):
+        case = next_case(history, case)
+    rng = _rng(seed, patient, 2 + number)  # its own, so that a change of the drawing changes no history
+    return _make_study(case, body, rng, size)
 
 
 def _make_study(case: Case, body: Body, rng: np.random.Generator, size: int) -> dict[str, Any]:
@@ -67,8 +59,6 @@ def _make_study(case: Case, body: Body, rng: np.random.Generator, size: int) -> 
         "text": report.text,
         "labels": report.labels,
         "sentences": report.sentences,
-        "source": "phantom",
-        "license": "CC0-1.0",
         "extra": {
             "age": case.age,
             "sex": case.sex,

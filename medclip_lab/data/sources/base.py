@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from medclip_lab.data.shards import Sample
+from medclip_lab.data.sample import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,8 @@ class Record:
     patient_id: str
     split: str
     content: Any = None
-    """What its source needs to read it: rows of a table, names of files. It is sent between processes by pickle."""
+    """What its source needs to read it: rows of a table, names of files. It is sent between processes by pickle, and
+    its repr tells after an interruption whether it is still the same: plain values, dataclasses, nothing unordered."""
 
 
 class BadStudyError(ValueError):
@@ -33,9 +34,12 @@ class BadStudyError(ValueError):
 class Source(Protocol):
     """A data set in its original layout. The object itself is sent between processes by pickle too."""
 
-    name: str
-    """As `medclip-lab prepare NAME` calls it."""
-    license: str
+    @property
+    def name(self) -> str:
+        """As `medclip-lab prepare NAME` calls it."""
+
+    @property
+    def license(self) -> str: ...
 
     def records(self) -> Sequence[Record]:
         """All studies, always in the same order.
@@ -56,6 +60,10 @@ class Source(Protocol):
 
 
 class Note(Protocol):
-    """Lists what is wrong with a part of a study."""
+    """Lists what is wrong with a part of a study.
 
-    def __call__(self, cause: str, reason: str) -> None: ...
+    `counted` is for damage, an image of several that is broken: it counts against the ceiling as a bad study does. What
+    was never there is only listed.
+    """
+
+    def __call__(self, cause: str, reason: str, counted: bool = False) -> None: ...

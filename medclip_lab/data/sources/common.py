@@ -11,7 +11,8 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from medclip_lab.data.index import IMAGE_SUFFIXES, MAX_MEMBER_BYTES
+from medclip_lab.data.sample import IMAGE_SUFFIXES, MAX_MEMBER_BYTES
+from medclip_lab.data.sources.base import BadStudyError
 from medclip_lab.errors import UserError
 
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
@@ -25,13 +26,8 @@ def split_by_hash(patient_id: str, val: float = 0.1, test: float = 0.1) -> str:
     return "test" if number < test else "val" if number < test + val else "train"
 
 
-class BadImageError(ValueError):
-    """An image that cannot be used: `cause` is counted, `reason` listed; neither holds a file name."""
-
-    def __init__(self, cause: str, reason: str) -> None:
-        super().__init__(reason)
-        self.cause = cause
-        self.reason = reason
+class BadImageError(BadStudyError):
+    """An image that cannot be used, and with it a study that has no other."""
 
 
 def image_suffix(name: str) -> str | None:

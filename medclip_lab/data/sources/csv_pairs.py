@@ -7,18 +7,134 @@ from pathlib import Path
 
 from medclip_lab.data.findings import ABSENT, CHEXPERT14, PRESENT, UNCERTAIN
 from medclip_lab.data.labeller import combine_labels, labelled_sentences
-from medclip_lab.data.manifest import SPLITS
-from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.report import PREAMBLE, parse_sections, report_text
-from medclip_lab.data.shards import Sample, make_key
+from medclip_lab.data.sample import SPLITS, Sample
+from medclip_lab.data.sources.base import BadStudyError, Note, Record
 from medclip_lab.data.sources.common import BadImageError, read_image, read_table, require_columns, split_by_hash
 from medclip_lab.errors import UserError
 
-WHAT = "csv"
 _VALUES: dict[str, int | None] = {"": None} | {
     text: value for value in (PRESENT, ABSENT, UNCERTAIN) for text in (str(value), f"{value}.0")
 }
 _SPLITS = {split: split for split in SPLITS} | {"training": "train", "valid": "val", "validation": "val", "dev": "val"}
+
+
+@dataclass(frozen=True)
+class CsvPairs:
+    """The studies of a table (.csv with commas, semicolons or tabs, or .tsv; UTF-8), in the order they first appear.
+
+    A study may have several rows, each with an image; its texts, if they differ, follow each other. A study without a
+    usable image is text-only only if it names none: if all images it names are bad, it is left out.
+    """
+
+    path: Path = field(metadata={"help": ".csv or .tsv with a header line", "example": "studies.csv"})
+    image: str = field(default="image", metadata={"help": "column of image paths, empty for none", "example": "image"})
+    text: str = field(default="text", metadata={"help": "column of reports, empty for none", "example": "report"})
+    study: str | None = field(
+        default=None,
+        metadata={
+            "help": "column of study ids, its rows being one study (default: study_id, if there, else the image path "
+            "or the number of the row)"
+        },
+    )
+    patient: str | None = field(
+        default=None,
+        metadata={"help": "column of patient ids (default: patient_id, if there, else every study is a patient)"},
+    )
+    split: str | None = field(
+        default=None,
+        metadata={
+            "help": "column of train/val/test (default: split, if there, else 80/10/10 by a hash of the patient)"
+        },
+    )
+    view: str | None = field(default=None, metadata={"help": "column of PA, AP, LATERAL (default: view, if there)"})
+    labels: tuple[str, ...] | None = field(
+        default=None,
+        metadata={
+            "help": "label columns with 1, 0, -1 or blank (default: those named as CheXpert's fourteen, in any case; "
+            "without one labels come from the text by our rules)"
+        },
+    )
+    label_text: bool = field(
+        default=True, metadata={"help": "whether texts are chest radiograph reports, labelled by our rules"}
+    )
+    image_folder: Path | None = field(
+        default=None, metadata={"help": "where relative image paths start (default: the folder of the table)"}
+    )
+    license: str = field(default="private", metadata={"help": "noted in every study"})
+    modality: str = field(default="CR", metadata={"help": "noted in every study"})
+
+    name = "csv"
+
+    def records(self) -> list[Record]:
+        """One a study.
+
+        Raises:
+            UserError: no such file, no UTF-8, a missing column, a cell of a label, split or study that cannot be, rows
+                of one study that contradict each other.
+        """
+        path = self.path.expanduser()
+        columns, rows = read_table(path)
+        chosen = {
+            "image": _column(path, columns, self.image, None),
+            "text": _column(path, columns, self.text, None),
+            "study": _column(path, columns, self.study, "study_id"),
+            "patient": _column(path, columns, self.patient, "patient_id"),
+            "split": _column(path, columns, self.split, "split"),
+            "view": _column(path, columns, self.view, "view"),
+        }
+        if not chosen["image"] and not chosen["text"]:
+            raise UserError(f"{path}: neither an image nor a text column is named")
+        studies = _group(path, rows, chosen, _label_columns(path, columns, self.labels))
+        if not studies:
+            raise UserError(f"{path}: no row below the column names")
+        return [
+            Record(
+                study_id=study_id,
+                patient_id=study.patient_id,
+                split=study.split or split_by_hash(study.patient_id),
+                content=study,
+            )
+            for study_id, study in studies.items()
+        ]
+
+    def read(self, record: Record, note: Note) -> Sample:
+        """A study with its images, text and labels.
+
+        Args:
+            note: told of bad images if others are good, and of a text that says nothing beside an image.
+
+        Raises:
+            BadStudyError: it names images, but not one can be used (DICOM is looked at no further than its preamble),
+                or it has neither image nor text.
+        """
+        study: _Study = record.content
+        images, views = _read_images(study, (self.image_folder or self.path.parent).expanduser(), note)
+        sections = parse_sections("\n\n".join(study.texts))
+        if not report_text(sections) and PREAMBLE in sections:
+            # What stands before "COMPARISON:" is all it says.
+            sections = {"findings": sections.pop(PREAMBLE), **sections}
+        text = report_text(sections)
+        if not text and not images:
+            raise BadStudyError("neither image nor text", "no image is named and the text says nothing")
+        if not text and study.texts:
+            note("no findings and no impression", "kept as an image without text")
+        sentences = labelled_sentences(sections) if self.label_text else []
+        by_rules = combine_labels(sentence["labels"] for sentence in sentences) if sentences else {}
+        return Sample(
+            study_id=record.study_id,
+            patient_id=record.patient_id,
+            split=record.split,
+            images=images,
+            view=views,
+            modality=self.modality,
+            sections=sections,
+            text=text,
+            labels=study.labels or by_rules,
+            sentences=sentences,
+            source=self.name,
+            license=self.license,
+        )
 
 
 @dataclass
@@ -29,109 +145,10 @@ class _Study:
     patient_id: str
     split: str
     labels: dict[str, int | None]
+    """By columns; empty if the table has none."""
     images: dict[str, str] = field(default_factory=dict)
     """Image cell -> view; a dict, so that an image of two captions is one image."""
     texts: dict[str, None] = field(default_factory=dict)
-
-
-def csv_total(csv_path: Path, study_column: str | None = None) -> int:
-    """Number of studies in a table, or of rows if it names no study; errors as `csv_samples`."""
-    columns, rows = read_table(csv_path.expanduser())
-    study = _column(csv_path, columns, study_column, "study_id")
-    return len({row[study] if study else line for line, row in rows})
-
-
-def csv_samples(
-    csv_path: Path,
-    quarantine: Quarantine | None = None,
-    *,
-    image_folder: Path | None = None,
-    image_column: str | None = "image",
-    text_column: str | None = "text",
-    study_column: str | None = None,
-    patient_column: str | None = None,
-    split_column: str | None = None,
-    view_column: str | None = None,
-    label_columns: Sequence[str] | None = None,
-    label_text: bool = True,
-    license: str = "private",
-    modality: str = "CR",
-) -> Iterator[Sample]:
-    """The studies of a table (.csv with commas, semicolons or tabs, or .tsv; UTF-8), in the order they first appear.
-
-    A study may have several rows, each with an image; its texts, if they differ, follow each other. A study without a
-    usable image is text-only only if it names none: if all images it names are bad, it is left out.
-
-    Args:
-        quarantine: gets missing and unreadable images (DICOM is looked at no further than its preamble) and studies
-            with neither image nor text; by default one for this call with the usual ceiling.
-        image_folder: where relative image paths start; by default the folder of the table.
-        image_column, text_column: None or empty if the table has none.
-        study_column: by default "study_id" where there is one, else an image path names a study, and so does the
-            number of a row without image.
-        patient_column: by default "patient_id" where there is one, else every study is a patient.
-        split_column: by default "split" where there is one, else 80/10/10 by a hash of the patient.
-        view_column: by default "view" where there is one.
-        label_columns: names of labels, cells 1, 0, -1 or blank; by default the columns named as CheXpert's fourteen, in
-            any case. If there are none, labels come from the text by `labeller`.
-        label_text: False for texts that are no chest radiograph reports: no sentence is labelled by our rules.
-
-    Raises:
-        UserError: no such file, no UTF-8, a missing column, a cell of a label, split or study that cannot be, rows of
-            one study that contradict each other, too many bad images. The table is read when the first study is asked
-            for.
-    """
-    csv_path = csv_path.expanduser()
-    columns, rows = read_table(csv_path)
-    chosen = {
-        "image": _column(csv_path, columns, image_column, None),
-        "text": _column(csv_path, columns, text_column, None),
-        "study": _column(csv_path, columns, study_column, "study_id"),
-        "patient": _column(csv_path, columns, patient_column, "patient_id"),
-        "split": _column(csv_path, columns, split_column, "split"),
-        "view": _column(csv_path, columns, view_column, "view"),
-    }
-    if not chosen["image"] and not chosen["text"]:
-        raise UserError(f"{csv_path}: neither an image nor a text column is named")
-    labels = _label_columns(csv_path, columns, label_columns)
-    studies = _group(csv_path, rows, chosen, labels)
-    if not studies:
-        raise UserError(f"{csv_path}: no row below the column names")
-    quarantine = quarantine if quarantine is not None else Quarantine(len(studies))
-    base = (image_folder or csv_path.parent).expanduser()
-    for study_id, study in studies.items():
-        images, views = _read_images(study_id, study, base, quarantine)
-        if study.images and not images:
-            continue
-        sections = parse_sections("\n\n".join(study.texts))
-        if not report_text(sections) and PREAMBLE in sections:
-            sections = {
-                "findings": sections.pop(PREAMBLE),
-                **sections,
-            }  # what stands before "COMPARISON:" is all it says
-        text = report_text(sections)
-        key = make_key(study_id)
-        if not text and not images:
-            quarantine.add("", key, "neither image nor text", "no image is named and the text says nothing")
-            continue
-        if not text and study.texts:
-            quarantine.note("", key, "no findings and no impression", "kept as an image without text")
-        sentences = labelled_sentences(sections) if label_text else []
-        by_rules = combine_labels(sentence["labels"] for sentence in sentences) if sentences else {}
-        yield Sample(
-            study_id=study_id,
-            patient_id=study.patient_id,
-            split=study.split or split_by_hash(study.patient_id),
-            images=images,
-            view=views,
-            modality=modality,
-            sections=sections,
-            text=text,
-            labels=study.labels if labels else by_rules,
-            sentences=sentences,
-            source=WHAT,
-            license=license,
-        )
 
 
 def _column(csv_path: Path, columns: list[str], name: str | None, usual: str | None) -> str:
@@ -210,10 +227,12 @@ def _label(value: str, where: str, column: str) -> int | None:
     return _VALUES[value]
 
 
-def _read_images(
-    study_id: str, study: _Study, base: Path, quarantine: Quarantine
-) -> tuple[list[tuple[str, bytes]], list[str]]:
-    """The images of a study that can be used, and their views; a study with bad ones is counted once."""
+def _read_images(study: _Study, base: Path, note: Note) -> tuple[list[tuple[str, bytes]], list[str]]:
+    """The images of a study that can be used, and their views.
+
+    Raises:
+        BadStudyError: there are some, and none can be used.
+    """
     images, views, bad = [], [], []
     for cell, view in study.images.items():
         try:
@@ -223,5 +242,7 @@ def _read_images(
             bad.append(error)
     if bad:
         reason = f"{len(bad)} of {len(study.images)} images: {bad[0].reason}"
-        quarantine.add("", make_key(study_id), bad[0].cause, reason)
+        if not images:
+            raise BadStudyError(bad[0].cause, reason)
+        note(bad[0].cause, reason, counted=True)
     return images, views

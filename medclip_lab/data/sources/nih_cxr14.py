@@ -6,20 +6,16 @@ finding_labels, patient_id, follow_up, age, sex, view, split, and images in `ima
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from medclip_lab.data.findings import ABSENT, CHEXPERT14, NO_FINDING, PRESENT
-from medclip_lab.data.manifest import SPLITS
-from medclip_lab.data.quarantine import Quarantine
-from medclip_lab.data.shards import Sample, make_key
-from medclip_lab.data.sources.common import BadImageError, read_image, read_table, require_columns, split_by_hash
+from medclip_lab.data.sample import SPLITS, Sample
+from medclip_lab.data.sources.base import Note, Record
+from medclip_lab.data.sources.common import read_image, read_table, require_columns, split_by_hash
 from medclip_lab.errors import UserError
 from medclip_lab.files import existing_folder
-
-WHAT = "nih-cxr14"
-LICENSE = "no restriction on use; the NIH Clinical Center is to be named as the source"
 
 # The fifteen NIH names; those that CheXpert has no word for stay in extra["finding_labels"] only.
 CHEXPERT_OF: dict[str, str | None] = {
@@ -47,6 +43,62 @@ _OLDEST = 120  # years; the original holds ages such as 414
 
 
 @dataclass(frozen=True)
+class NihCxr14:
+    """A study is an image, in the order of the table; image bytes are passed on unchanged.
+
+    Labels: 1 if listed and 0 if not for the names NIH labels, None for the others (`NEVER_LABELLED`). Splits: those of
+    `metadata.csv`; else `test_list.txt` is test, and a tenth of the patients of `train_val_list.txt`, by hash, is val;
+    without lists 80/10/10 by a hash of the patient.
+    """
+
+    folder: Path = field(
+        metadata={"help": "folder with Data_Entry_2017*.csv and the images", "example": "path/to/CXR8"}
+    )
+
+    name = "nih-cxr14"
+    license = "no restriction on use; the NIH Clinical Center is to be named as the source"
+
+    def records(self) -> list[Record]:
+        """One an image.
+
+        Raises:
+            UserError: no such folder, neither table in it, a missing column, an unknown finding, split or patient, no
+                images at all.
+        """
+        layout = _layout(self.folder)
+        folder = layout.table.parent
+        images = _image_paths(folder)
+        lists = {name: _read_list(folder / f"{name}_list.txt") for name in ("train_val", "test")}
+        return [_record(row, f"{layout.table}, line {line}", layout, images, lists) for line, row in layout.rows]
+
+    def read(self, record: Record, note: Note) -> Sample:  # noqa: ARG002 - a study is one image: good or bad
+        """An image with its labels.
+
+        Raises:
+            BadStudyError: the image is missing or cannot be read.
+        """
+        study: _Study = record.content
+        return Sample(
+            study_id=record.study_id,
+            patient_id=record.patient_id,
+            split=record.split,
+            images=[read_image(study.image)],
+            view=[study.view],
+            labels=_labels(study.facts["finding_labels"]),
+            source=self.name,
+            license=self.license,
+            extra=study.facts,
+        )
+
+
+@dataclass(frozen=True)
+class _Study:
+    image: Path | None
+    view: str
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class _Layout:
     table: Path
     columns: dict[str, str]
@@ -54,61 +106,35 @@ class _Layout:
     rows: list[tuple[int, dict[str, str]]]
 
 
-def nih_total(folder: Path) -> int:
-    """Number of images that the table of `folder` lists; errors as `nih_samples`."""
-    return len(_layout(folder).rows)
-
-
-def nih_samples(folder: Path, quarantine: Quarantine | None = None) -> Iterator[Sample]:
-    """The studies of ChestX-ray14, one image each, in the order of the table; image bytes are passed on unchanged.
-
-    Labels: 1 if listed and 0 if not for the names NIH labels, None for the others (`NEVER_LABELLED`). Splits: those of
-    `metadata.csv`; else `test_list.txt` is test, and a tenth of the patients of `train_val_list.txt`, by hash, is val;
-    without lists 80/10/10 by a hash of the patient.
-
-    Args:
-        quarantine: gets missing and unreadable images; by default one for this call with the usual ceiling.
-
-    Raises:
-        UserError: no such folder, neither table in it, a missing column, an unknown finding, split or patient, no
-            images at all, too many bad ones. The folder is looked at when the first study is asked for.
-    """
-    layout = _layout(folder)
-    folder = layout.table.parent
-    quarantine = quarantine if quarantine is not None else Quarantine(len(layout.rows))
-    images = _image_paths(folder)
-    lists = {name: _read_list(folder / f"{name}_list.txt") for name in ("train_val", "test")}
-    for line, row in layout.rows:
-        cells = {name: row[column] for name, column in layout.columns.items()}
-        where = f"{layout.table}, line {line}"
-        study_id = "nih-" + re.sub(r"[^0-9a-z]+", "-", Path(cells["image"]).stem.lower()).strip("-")
-        try:
-            image = read_image(images.get(cells["image"]))
-        except BadImageError as bad:
-            quarantine.add("", make_key(study_id), bad.cause, bad.reason)
-            continue
-        findings = [name.strip() for name in cells["finding_labels"].split("|")]
-        patient_id = _patient(cells["patient_id"], where)
-        yield Sample(
-            study_id=study_id,
-            patient_id=patient_id,
-            split=_split(cells, patient_id, lists, where),
-            images=[image],
-            view=[cells["view"].upper()],
-            labels=_labels(findings, where),
-            source=WHAT,
-            license=LICENSE,
-            extra={
-                "age": _age(cells["age"]),
-                "sex": cells["sex"].upper(),
-                "follow_up": int(cells["follow_up"]) if cells["follow_up"].isdigit() else None,
-                "finding_labels": findings,
-            },
-        )
+def _record(
+    row: dict[str, str],
+    where: str,
+    layout: _Layout,
+    images: dict[str, Path],
+    lists: dict[str, frozenset[str] | None],
+) -> Record:
+    cells = {name: row[column] for name, column in layout.columns.items()}
+    findings = [name.strip() for name in cells["finding_labels"].split("|")]
+    unknown = [name for name in findings if name not in CHEXPERT_OF]
+    if unknown:
+        raise UserError(f"{where}: unknown finding {unknown[0]!r}, one of {', '.join(CHEXPERT_OF)} expected")
+    patient_id = _patient(cells["patient_id"], where)
+    facts = {
+        "age": _age(cells["age"]),
+        "sex": cells["sex"].upper(),
+        "follow_up": int(cells["follow_up"]) if cells["follow_up"].isdigit() else None,
+        "finding_labels": findings,
+    }
+    return Record(
+        study_id="nih-" + re.sub(r"[^0-9a-z]+", "-", Path(cells["image"]).stem.lower()).strip("-"),
+        patient_id=patient_id,
+        split=_split(cells, patient_id, lists, where),
+        content=_Study(images.get(cells["image"]), cells["view"].upper(), facts),
+    )
 
 
 def _layout(folder: Path) -> _Layout:
-    folder = existing_folder(folder, WHAT)
+    folder = existing_folder(folder, NihCxr14.name)
     original = sorted(folder.glob("Data_Entry_2017*.csv"))
     if (folder / _REDUCED).is_file():
         table = folder / _REDUCED
@@ -128,7 +154,7 @@ def _layout(folder: Path) -> _Layout:
             "view": "View Position",
         }
     else:
-        raise UserError(f"{WHAT}: neither Data_Entry_2017*.csv nor {_REDUCED} in {folder}")
+        raise UserError(f"{NihCxr14.name}: neither Data_Entry_2017*.csv nor {_REDUCED} in {folder}")
     require_columns(table, there, columns.values())
     return _Layout(table, columns, list(rows))
 
@@ -139,7 +165,7 @@ def _image_paths(folder: Path) -> dict[str, Path]:
     folders += [inner / "images" for inner in folders[1:]]
     paths = {path.name: path for inner in folders if inner.is_dir() for path in inner.iterdir() if path.is_file()}
     if not paths:
-        raise UserError(f"{WHAT}: no images in {folder / 'images'} nor in {folder / 'images_*'}")
+        raise UserError(f"{NihCxr14.name}: no images in {folder / 'images'} nor in {folder / 'images_*'}")
     return paths
 
 
@@ -147,10 +173,7 @@ def _read_list(path: Path) -> frozenset[str] | None:
     return frozenset(path.read_text(encoding="utf-8").split()) if path.is_file() else None
 
 
-def _labels(findings: list[str], where: str) -> dict[str, int | None]:
-    unknown = [name for name in findings if name not in CHEXPERT_OF]
-    if unknown:
-        raise UserError(f"{where}: unknown finding {unknown[0]!r}, one of {', '.join(CHEXPERT_OF)} expected")
+def _labels(findings: list[str]) -> dict[str, int | None]:
     listed = {CHEXPERT_OF[name] for name in findings}
     return {name: None if name in NEVER_LABELLED else PRESENT if name in listed else ABSENT for name in CHEXPERT14}
 

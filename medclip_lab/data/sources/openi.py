@@ -8,20 +8,20 @@ import tarfile
 import xml.etree.ElementTree as ET
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 from xml.parsers import expat
 
 from medclip_lab.data.labeller import combine_labels, labelled_sentences
 from medclip_lab.data.mesh import mesh_labels
-from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.report import PREAMBLE, report_text
-from medclip_lab.data.shards import Sample
+from medclip_lab.data.sample import Sample
+from medclip_lab.data.sources.base import BadStudyError, Note, Record
 from medclip_lab.data.sources.common import split_by_hash
 from medclip_lab.errors import UserError
 from medclip_lab.files import existing_folder
 
-WHAT = "openi"
-LICENSE = "CC BY-NC-ND 4.0"
 MAX_XML_BYTES = 2**20  # the largest of the collection has 30 kB
 NO_TEXT = "no findings and no impression"
 
@@ -33,56 +33,77 @@ class _BadXmlError(ValueError):
     """A member that is no report; the message holds nothing of its content."""
 
 
-def openi_total(path: Path) -> int:
-    """Number of XML files in the archive or folder; errors as `openi_samples`."""
-    return sum(1 for _ in _xml_files(path))
-
-
-def openi_samples(path: Path, quarantine: Quarantine | None = None) -> Iterator[Sample]:
-    """The reports of Open-i as text-only studies, with sentences, labels by our rules, and MeSH terms.
+@dataclass(frozen=True)
+class OpenI:
+    """Reports are text-only studies, with sentences, labels by our rules, and MeSH terms.
 
     `extra` has "mesh" (the major terms) and "mesh_labels" (`mesh.mesh_labels` of them). Every report counts as a
     patient of its own, as the collection tells no patients; the splits are 80/10/10 by a hash of the report's name.
-
-    Args:
-        path: `NLMCXR_reports.tgz`, which is streamed and never unpacked, or a folder with the XML files at any depth.
-        quarantine: gets files that are no reports, and reports with neither findings nor impression (28 of 3,955); by
-            default one for this call with the usual ceiling.
-
-    Raises:
-        UserError: no such path, an archive that cannot be read, no XML in it, too many bad files. The path is looked
-            at when the first study is asked for.
     """
-    quarantine = quarantine if quarantine is not None else Quarantine(openi_total(path))
-    count = 0
-    for name, data in _xml_files(path):
-        count += 1
-        key = f"openi-{name.lower()}"
-        try:
-            report_id, sections, terms = _parse(data)
-        except _BadXmlError as error:
-            quarantine.add("", key, "bad xml", str(error))
-            continue
-        key = f"openi-{report_id.lower()}"
-        text = report_text(sections)
+
+    path: Path = field(
+        metadata={
+            "help": "NLMCXR_reports.tgz, which is never unpacked, or a folder with its XML files at any depth",
+            "example": "NLMCXR_reports.tgz",
+        }
+    )
+
+    name = "openi"
+    license = "CC BY-NC-ND 4.0"
+
+    def records(self) -> list[Record]:
+        """One a file, with what it says: an archive is gone through but once, and all its reports have 10 MB.
+
+        Raises:
+            UserError: no such path, an archive that cannot be read, no XML in it.
+        """
+        records = []
+        for name, data in _xml_files(self.path):
+            report: _Report | str
+            try:
+                report = _parse(data)
+                study_id = f"openi-{report.name.lower()}"
+            except _BadXmlError as error:
+                report, study_id = str(error), f"openi-{name.lower()}"
+            records.append(
+                Record(study_id=study_id, patient_id=study_id, split=split_by_hash(study_id), content=report)
+            )
+        if not records:
+            raise UserError(f"{self.name}: no .xml file in {self.path}")
+        return records
+
+    def read(self, record: Record, note: Note) -> Sample:  # noqa: ARG002 - a report is whole or useless
+        """A report with its labels.
+
+        Raises:
+            BadStudyError: the file is no report, or has neither findings nor impression (28 of 3,955).
+        """
+        report: _Report | str = record.content
+        if isinstance(report, str):
+            raise BadStudyError("bad xml", report)
+        text = report_text(report.sections)
         if not any(map(str.isalpha, text)):
-            quarantine.add("", key, NO_TEXT, "nothing to train on")
-            continue
-        sentences = labelled_sentences(sections)
-        yield Sample(
-            study_id=key,
-            patient_id=key,
-            split=split_by_hash(key),
-            sections=sections,
+            raise BadStudyError(NO_TEXT, "nothing to train on")
+        sentences = labelled_sentences(report.sections)
+        return Sample(
+            study_id=record.study_id,
+            patient_id=record.patient_id,
+            split=record.split,
+            sections=report.sections,
             text=text,
             labels=combine_labels(sentence["labels"] for sentence in sentences),
             sentences=sentences,
-            source=WHAT,
-            license=LICENSE,
-            extra={"mesh": terms, "mesh_labels": mesh_labels(terms)},
+            source=self.name,
+            license=self.license,
+            extra={"mesh": report.terms, "mesh_labels": mesh_labels(report.terms)},
         )
-    if not count:
-        raise UserError(f"{WHAT}: no .xml file in {path}")
+
+
+class _Report(NamedTuple):
+    name: str
+    sections: dict[str, str]
+    terms: list[str]
+    """Major MeSH terms."""
 
 
 def _xml_files(path: Path) -> Iterator[tuple[str, bytes | None]]:
@@ -96,9 +117,9 @@ def _xml_files(path: Path) -> Iterator[tuple[str, bytes | None]]:
                         file = archive.extractfile(member) if member.size <= MAX_XML_BYTES else None
                         yield _name(member.name), file.read() if file else None
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            raise UserError(f"{WHAT}: cannot read the archive {path}: {type(error).__name__}: {error}") from None
+            raise UserError(f"{OpenI.name}: cannot read the archive {path}: {type(error).__name__}: {error}") from None
         return
-    folder = existing_folder(path, WHAT)
+    folder = existing_folder(path, OpenI.name)
     for file_path in sorted(folder.rglob("*.xml")):
         if file_path.is_file():
             yield _name(file_path.name), file_path.read_bytes() if file_path.stat().st_size <= MAX_XML_BYTES else None
@@ -124,8 +145,7 @@ def _tree(data: bytes) -> ET.Element:
     return builder.close()
 
 
-def _parse(data: bytes | None) -> tuple[str, dict[str, str], list[str]]:
-    """Name, sections and major MeSH terms of a report."""
+def _parse(data: bytes | None) -> _Report:
     if data is None:
         raise _BadXmlError(f"larger than {MAX_XML_BYTES} bytes")
     try:
@@ -142,4 +162,4 @@ def _parse(data: bytes | None) -> tuple[str, dict[str, str], list[str]]:
         if content:
             sections[element.get("Label", PREAMBLE).lower()] = content
     terms = [" ".join(element.text.split()) for element in root.iter("major") if element.text and element.text.strip()]
-    return report_id, sections, terms
+    return _Report(report_id, sections, terms)
