@@ -429,7 +429,8 @@ def test_ray_gives_the_same(tmp_path: Path, whole: dict[str, str], monkeypatch: 
     monkeypatch.setenv("HOME", str(tmp_path))  # where it writes a token
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
+    environment = {"env_vars": {"PYTHONPATH": path}}
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
     try:
         prepare(FAULTY, tmp_path / "out", **settings, executor="ray")
         assert contents(tmp_path / "out") == whole
