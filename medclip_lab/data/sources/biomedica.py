@@ -104,6 +104,11 @@ def _figures(shard: Path, name: str) -> dict[str, _Figure]:
                 match = _MEMBER.fullmatch(member.name)
                 if match and member.isfile() and not member.issparse():
                     places.setdefault(match["key"], {})[match["suffix"]] = _Place(member.offset_data, member.size)
+            end = tar.offset
+        with shard.open("rb") as file:  # tarfile takes a cut or broken header for the end, which is a block of zeros
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                places[name] = {}
     except (tarfile.TarError, EOFError, OSError):
         places[name] = {}
     return {key: _Figure(name, *map(found.get, ("jpg", "txt", "json"))) for key, found in places.items()}
