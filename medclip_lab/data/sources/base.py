@@ -33,9 +33,12 @@ class BadStudyError(ValueError):
 class Source(Protocol):
     """A data set in its original layout. The object itself is sent between processes by pickle too."""
 
-    name: str
-    """As `medclip-lab prepare NAME` calls it."""
-    license: str
+    @property
+    def name(self) -> str:
+        """As `medclip-lab prepare NAME` calls it."""
+
+    @property
+    def license(self) -> str: ...
 
     def records(self) -> Sequence[Record]:
         """All studies, always in the same order.
@@ -56,6 +59,10 @@ class Source(Protocol):
 
 
 class Note(Protocol):
-    """Lists what is wrong with a part of a study."""
+    """Lists what is wrong with a part of a study.
 
-    def __call__(self, cause: str, reason: str) -> None: ...
+    `counted` is for damage, an image of several that is broken: it counts against the ceiling as a bad study does. What
+    was never there is only listed.
+    """
+
+    def __call__(self, cause: str, reason: str, counted: bool = False) -> None: ...

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from medclip_lab.data.findings import CHEXPERT14
 from medclip_lab.data.shards import Sample
@@ -29,7 +29,7 @@ from medclip_lab.data.sources.tables import (
 from medclip_lab.errors import UserError
 from medclip_lab.files import existing_folder
 
-LABELS = ("impression", "findings", "report", "rules")
+LabelledPart = Literal["impression", "findings", "report", "rules"]
 
 # Column -> our section. Left out: the accession number, and what follows the impression.
 _SECTION_OF = {
@@ -65,9 +65,9 @@ class ChexpertPlus:
     folder: Path = field(metadata={"help": f"CheXpert Plus: the folder with {_TABLE}"})
     images: Path | None = field(
         default=None,
-        metadata={"help": "where train/patient.../ lies, such as a CheXpert folder; by default in FOLDER or its PNG/"},
+        metadata={"help": "where train/patient.../ lies, such as a CheXpert folder (default: FOLDER or its PNG/)"},
     )
-    labels: str = field(
+    labels: LabelledPart = field(
         default="impression",
         metadata={"help": "which labels of CheXbert: of the impression, the findings or the report; rules: ours"},
     )
@@ -77,8 +77,8 @@ class ChexpertPlus:
 
     def records(self) -> list[Record]:
         folder = existing_folder(self.folder, self.name)
-        if self.labels not in LABELS:
-            raise UserError(f"labels: one of {', '.join(LABELS)} expected, got {self.labels!r}")
+        if self.labels not in get_args(LabelledPart):
+            raise UserError(f"labels: one of {', '.join(get_args(LabelledPart))} expected, got {self.labels!r}")
         if self.images:
             existing_folder(self.images, "images")
         labels = None if self.labels == "rules" else dict(_labels(_label_file(folder, self.labels)))

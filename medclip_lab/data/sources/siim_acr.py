@@ -30,7 +30,7 @@ class SiimAcr:
     folder: Path = field(metadata={"help": "SIIM-ACR Pneumothorax: the folder with train-rle.csv"})
 
     name = "siim-acr"
-    license = "SIIM-ACR Pneumothorax Segmentation challenge terms of use, non-commercial"
+    license = "rules of the SIIM-ACR challenge on Kaggle; the NIH Clinical Center is to be named as the source"
 
     def records(self) -> list[Record]:
         require_pydicom()

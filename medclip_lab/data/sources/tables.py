@@ -231,7 +231,7 @@ def read_images(
         reason = f"{len(bad)} of {len(images)} images: {bad[0].reason}"
         if not good:
             raise BadStudyError(bad[0].cause, reason)
-        note(bad[0].cause, reason)
+        note(bad[0].cause, reason, counted=True)
     return Images(good, places)
 
 

@@ -87,11 +87,13 @@ def run(source: Source, shards: Path | None = None) -> Outcome:
     assert len({record.study_id for record in records}) == len(records)
     outcome = Outcome({}, [], {}, records)
     for record in pickle.loads(pickle.dumps(records)):
+
+        def note(cause: str, reason: str, counted: bool = False, study: str = record.study_id) -> None:
+            outcome.notes.append((study, cause, reason))
+
         try:
-            sample = source.read(
-                record, lambda cause, reason, study=record.study_id: outcome.notes.append((study, cause, reason))
-            )
-            assert source.read(record, lambda cause, reason: None) == sample
+            sample = source.read(record, note)
+            assert source.read(record, lambda cause, reason, counted=False: None) == sample
         except BadStudyError as error:
             outcome.bad[record.study_id] = (error.cause, error.reason)
             continue

@@ -148,7 +148,7 @@ def test_labels_of_the_table_come_before_those_of_the_text(
 
 def test_label_columns_that_are_named(writer: Writer, home: Path) -> None:
     source = writer(home, [{"image": "a.png", "text": "", "Edema": 1, "Emphysema": 0, "Rubbish": "x"}])
-    assert run(replace(source, labels="Emphysema,Edema")).only().labels == {"Emphysema": 0, "Edema": 1}
+    assert run(replace(source, labels=("Emphysema", "Edema"))).only().labels == {"Emphysema": 0, "Edema": 1}
 
 
 @pytest.mark.parametrize("writer", WRITERS[1:], indirect=True, ids=["parquet", "hf-dataset"])
@@ -215,7 +215,7 @@ def test_bad_images_and_empty_rows(writer: Writer, home: Path) -> None:
     [
         (ROWS, {"image": "picture"}, "no column 'picture'"),
         (ROWS, {"patient": "patient"}, r"no column 'patient' \(did you mean 'patient_id'\?\)"),
-        (ROWS, {"labels": "Edema"}, "no column 'Edema'"),
+        (ROWS, {"labels": ("Edema",)}, "no column 'Edema'"),
         (ROWS, {"image": "", "text": ""}, "neither an image nor a text column is named"),
         (ROWS, {"image_folder": Path("nowhere")}, "image-folder: no such folder"),
         ([{"image": "a.png", "text": "", "split": "all"}], {}, "row 1: column 'split' holds 'all'"),

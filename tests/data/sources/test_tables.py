@@ -138,16 +138,20 @@ def test_images_are_found_under_the_first_root_that_has_them(tmp_path: Path) -> 
 
 
 def test_images_of_a_study(tmp_path: Path) -> None:
-    notes: list[tuple[str, str]] = []
+    notes: list[tuple[str, str, bool]] = []
+
+    def note(cause: str, reason: str, counted: bool = False) -> None:
+        notes.append((cause, reason, counted))
+
     good = write(tmp_path / "good.png", image())
-    found = read_images([None, good, ("png", image(7)), ("png", b"no image")], lambda *note: notes.append(note))
+    found = read_images([None, good, ("png", image(7)), ("png", b"no image")], note)
     assert found.images == [("png", image()), ("png", image(7))]
     assert found.places == [1, 2]
-    assert notes == [("missing image", "2 of 4 images: no such file")]
+    assert notes == [("missing image", "2 of 4 images: no such file", True)]
     with pytest.raises(BadStudyError, match="2 of 2 images: not a JPEG") as caught:
-        read_images([("png", b""), None], lambda *note: None)
+        read_images([("png", b""), None], note)
     assert caught.value.cause == "unreadable image"
-    assert read_images([], lambda *note: None) == ([], [])
+    assert read_images([], note) == ([], [])
 
 
 def test_views() -> None:
