@@ -41,7 +41,7 @@ class _Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class Biomedica:
-    """A figure is a study; its article, named by the PMC number in the key, stands for the patient.
+    """A figure is a study; its article, which the key names, stands for the patient.
 
     Splits are 80/10/10 by a hash of the article, as there are no official ones. No rules of ours read captions. The
     licence of a sample is that of its article. `extra` has panel type, labels, keywords and MeSH terms of the set.
@@ -60,7 +60,7 @@ class Biomedica:
         return [
             Record(
                 study_id=f"biomedica-{key}",
-                patient_id=(article := article_of(key)),
+                patient_id=(article := _article(key)),
                 split=split_by_hash(article),
                 content=figure,
             )
@@ -92,6 +92,12 @@ class Biomedica:
             license=str(facts.get("article_license") or self.license),
             extra=facts,
         )
+
+
+def _article(key: str) -> str:
+    """A key is BATCH-ARTICLE-PLACE-NAME, the name with dashes of its own."""
+    parts = key.split("-", 3)
+    return parts[1].lower() if len(parts) == 4 else article_of(key)
 
 
 def _figures(shard: Path, name: str) -> dict[str, _Figure]:

@@ -183,6 +183,7 @@ def plus_row(path: str, split: str = "train", **cells: str) -> list[str]:
 
 REPORT = {
     "section_narrative": "RADIOGRAPHIC EXAMINATION OF THE CHEST.",
+    "section_clinical_history": "Cough.",
     "section_history": "68-year-old with cough.",
     "section_findings": "\nThere is pulmonary edema.\n",
     "section_impression": "\n1. EDEMA.\n2. NO PNEUMOTHORAX.\n",
@@ -216,7 +217,7 @@ def test_plus_studies_sections_and_labels(plus: Path, tmp_path: Path) -> None:
     assert sample.view == ["AP", "LATERAL"]
     assert sample.images == [("png", image(10)), ("png", image(0))]
     assert sample.text == "There is pulmonary edema. 1. EDEMA. 2. NO PNEUMOTHORAX."
-    assert sample.sections["indication"] == "68-year-old with cough."
+    assert sample.sections["indication"] == "Cough.\n68-year-old with cough."
     assert sample.labels == BLANK | {"Edema": 1}
     assert [sentence["labels"] for sentence in sample.sentences] == [{"Edema": 1}, {"Edema": 1}, {"Pneumothorax": 0}]
     assert sample.extra == {"age": "68.0", "sex": "Female", "race": "Unknown"}

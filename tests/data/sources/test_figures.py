@@ -225,7 +225,7 @@ def figure(key: str, shade: int, text: str = "A chest radiograph.", **facts: Any
     return [(f"{key}.jpg", image(shade, "JPEG")), (f"{key}.txt", text.encode()), (f"{key}.json", data)]
 
 
-FIRST, SECOND, THIRD = "0-PMC123-0-fig.1", "0-PMC123-1-fig2", "7-PMC456-0-fig1"
+FIRST, SECOND, THIRD = "0-PMC123-0-fig.1-a", "0-PMC123-1-fig2", "7-PMC456-0-fig1"
 
 
 @pytest.fixture
