@@ -53,6 +53,7 @@ class _Study(NamedTuple):
     images: tuple[str, ...]
     views: tuple[str, ...]
     labels: _States | None
+    """None where our rules are asked."""
     radiologist: _States | None
 
 
@@ -89,18 +90,12 @@ class MimicCxr:
 
     def records(self) -> list[Record]:
         folder = existing_folder(self.folder, self.name)
-        if self.labeller not in get_args(Labeller):
-            raise UserError(f"labeller: one of {', '.join(get_args(Labeller))} expected, got {self.labeller!r}")
-        reports = self._reports()
-        if reports and not (reports.is_dir() or zipfile.is_zipfile(reports)):
-            raise UserError(f"reports: neither a folder nor a zip file: {reports}")
-        if self.labeller == "rules" and not self.label_table and not reports:
-            raise UserError("labeller: rules needs reports: name mimic-cxr-reports.zip with --reports")
+        self._check()
         views = dict(_views(find_table(folder, "mimic-cxr-2.0.0-metadata.csv", self.name)))
-        labels = dict(_labels(path)) if (path := self._labels(folder)) else None
-        expert = find_optional_table(folder, _RADIOLOGIST)
+        label_table, expert = self._label_table(folder), find_optional_table(folder, _RADIOLOGIST)
+        labels = dict(_labels(label_table)) if label_table else {}
         radiologist = dict(_labels(expert)) if expert else {}
-        blank = (None,) * len(CHEXPERT14)
+        unlabelled = (None,) * len(CHEXPERT14) if label_table else None
         records = []
         split_table = find_table(folder, "mimic-cxr-2.0.0-split.csv", self.name)
         for (subject, study, split), dicoms in _studies(split_table).items():
@@ -111,12 +106,11 @@ class MimicCxr:
                 study,
                 tuple(dicoms[place] for place in order),
                 tuple(seen[place] for place in order),
-                labels.get(study, blank) if labels is not None else None,
+                labels.get(study, unlabelled),
                 radiologist.get(study),
             )
-            records.append(
-                Record(study_id=f"mimic-{study}", patient_id=f"mimic-{subject}", split=split, content=content)
-            )
+            study_id, patient_id = f"mimic-{study}", f"mimic-{subject}"
+            records.append(Record(study_id=study_id, patient_id=patient_id, split=split, content=content))
         return records
 
     def read(self, record: Record, note: Note) -> Sample:
@@ -144,12 +138,22 @@ class MimicCxr:
             extra=extra | ({"radiologist_labels": _named(study.radiologist)} if study.radiologist else {}),
         )
 
-    def _labels(self, folder: Path) -> Path | None:
+    def _check(self) -> None:
+        reports = self._reports()
+        if self.labeller not in get_args(Labeller):
+            raise UserError(f"labeller: one of {', '.join(get_args(Labeller))} expected, got {self.labeller!r}")
+        if reports and not (reports.is_dir() or zipfile.is_zipfile(reports)):
+            raise UserError(f"reports: neither a folder nor a zip file: {reports}")
+        if self.labeller == "rules" and not self.label_table and not reports:
+            raise UserError("labeller: rules needs reports: name mimic-cxr-reports.zip with --reports")
+
+    def _label_table(self, folder: Path) -> Path | None:
+        """The table of labels, None for those of our rules."""
         if self.label_table:
             return self.label_table.expanduser()
-        return (
-            None if self.labeller == "rules" else find_table(folder, f"mimic-cxr-2.0.0-{self.labeller}.csv", self.name)
-        )
+        if self.labeller == "rules":
+            return None
+        return find_table(folder, f"mimic-cxr-2.0.0-{self.labeller}.csv", self.name)
 
     def _reports(self) -> Path | None:
         if self.reports:

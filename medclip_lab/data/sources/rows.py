@@ -135,12 +135,15 @@ class RowSource(ABC):
         study: _Study = record.content
         named: list[Path | tuple[str, bytes] | None] = []
         views: list[str] = []
+        paths: list[str] = []  # an image of two captions stands in two rows, and is one image
         texts: dict[str, None] = {}
         for file, place, view in study.rows:
             row = self.fetch(self._home() / file, place)
-            cells = [cell for cell in _listed(row.get(self.image)) if cell not in (None, "")] if self.image else []
-            named += [self._image(self._home() / file, cell) for cell in cells]
-            views += [view] * len(cells)
+            for cell in _listed(row.get(self.image)) if self.image else []:
+                if cell not in (None, "", *paths):
+                    paths += [cell] if isinstance(cell, str) else []
+                    named.append(self._image(self._home() / file, cell))
+                    views.append(view)
             texts |= (
                 dict.fromkeys(str(cell).strip() for cell in _listed(row.get(self.text)) if cell) if self.text else {}
             )
@@ -182,7 +185,7 @@ class RowSource(ABC):
                 raise UserError(f"{where}: the study column {chosen.study!r} is empty")
             study_id = cells["study"] or _study_name(cells["image"]) or f"{name}-row-{number}"
             new = _Study(
-                where,
+                f"{name}, row {number}",
                 cells["patient"] or study_id,
                 _split(cells["split"], where, chosen.split) or part,
                 {label: label_value(row.get(column), where, column) for label, column in chosen.labels.items()},

@@ -98,7 +98,10 @@ def read_labels(row: Mapping[str, str], columns: Mapping[str, str], where: str) 
     Raises:
         UserError: a cell that is no label.
     """
-    return {name: label_value(row[column], where, column) for name, column in columns.items()}
+    try:
+        return {name: LABEL_OF[row[column]] for name, column in columns.items()}
+    except KeyError:
+        return {name: label_value(row[column], where, column) for name, column in columns.items()}
 
 
 def label_value(cell: Any, where: str, column: str) -> int | None:

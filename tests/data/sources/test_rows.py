@@ -110,6 +110,13 @@ def test_rows_become_studies(writer: Writer, home: Path, tmp_path: Path) -> None
     assert outcome.notes == [("s4", "no findings and no impression", "kept as an image without text")]
 
 
+def test_an_image_of_two_captions_is_one_image(writer: Writer, home: Path) -> None:
+    rows = [{"study_id": "s", "image": "a.png", "text": text} for text in ("Edema.", "Edema.", "No effusion.")]
+    sample = run(writer(home, rows)).only()
+    assert sample.images == [("png", image(1))]
+    assert sample.text == "Edema. No effusion."
+
+
 def test_options(writer: Writer, home: Path) -> None:
     rows = [{"picture": "b.png", "report": "Edema.", "exam": 7, "mrn": 3, "part": "dev", "side": "ap"}]
     source = replace(
