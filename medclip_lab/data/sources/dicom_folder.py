@@ -1,7 +1,7 @@
 """A hospital's own folder of DICOM files, at any depth and under any names, grouped into studies by their headers.
 
-What leaves the folder tells nobody: ids are pseudonyms under a key that stays with the hospital, and each file is
-written anew without names, dates and UIDs (`deidentify`). The pixels are as they were.
+Ids become pseudonyms under a key that stays with the hospital, and each file is written anew without names, dates and
+UIDs (`deidentify`). The pixels are as they were: text burned into them stays.
 """
 
 import hmac

@@ -37,7 +37,7 @@ class SiimAcr:
         folder = existing_folder(self.folder, self.name)
         table = next((path for name in _TABLES if (path := find_optional_table(folder, name))), None)
         masks = _masks(table or find_table(folder, _TABLES[0], self.name))
-        files = files_by_name(folder, (".dcm",))
+        files = {name: path.relative_to(folder) for name, path in files_by_name(folder, (".dcm",)).items()}
         if not files:
             raise UserError(f"{self.name}: no .dcm file in {folder}")
         return [
@@ -52,7 +52,7 @@ class SiimAcr:
 
     def read(self, record: Record, note: Note) -> Sample:
         path, masks = record.content
-        found = read_images([path], note)
+        found = read_images([self.folder.expanduser() / path if path else None], note)
         view, extra = view_age_sex(read_header(found.images[0][1]))
         labels: dict[str, int | None] = dict.fromkeys(CHEXPERT14)
         labels["Pneumothorax"] = PRESENT if masks else ABSENT
