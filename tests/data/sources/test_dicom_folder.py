@@ -97,6 +97,20 @@ def test_pseudonyms_depend_on_the_key_and_on_nothing_else(source: DicomFolder, f
     assert all(sample.study_id.startswith("dicom-") for sample in first.samples.values())
 
 
+def test_images_are_in_the_order_of_their_numbers(source: DicomFolder) -> None:
+    for name, series, instance in (("a", 2, 1), ("b", 1, 10), ("c", 1, 9)):
+        data = study(instance, StudyInstanceUID="1.2.840.99999.9", SeriesNumber=series)
+        write(source.folder / "last" / name, data)
+    sample = list(run(source).samples.values())[-1]
+    assert [pixels(sample, place) for place in range(3)] == [90, 100, 10]
+
+
+def test_patient_ids_go_no_further_than_listing(source: DicomFolder) -> None:
+    told = repr(source.records())
+    assert "MRN" not in told
+    assert STUDY not in told
+
+
 def test_bad_files_are_studies_of_their_own(source: DicomFolder) -> None:
     for path in source.folder.rglob("*"):
         if path.is_file():
