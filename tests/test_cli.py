@@ -16,14 +16,31 @@ from medclip_lab.data.manifest import Manifest
 
 COMMON = {"--help", "--json", "--debug"}
 PREPARE = COMMON | {"--out", "--samples-per-shard", "--max-bad", "--workers", "--executor", "--duplicates"}
+ROWS = {
+    *("--image", "--image-folder", "--labels", "--license", "--modality", "--no-label-text", "--patient", "--split"),
+    *("--study", "--text", "--view"),
+}
 FLAGS = {
     "demo": COMMON | {"--out", "--seed", "--studies"},
     "prepare phantom": PREPARE | {"--studies", "--seed", "--size"},
     "prepare nih-cxr14": PREPARE | {"folder"},
     "prepare openi": PREPARE | {"path"},
-    "prepare csv": PREPARE
-    | {"path", "--image", "--text", "--study", "--patient", "--split", "--labels", "--image-folder", "--license"}
-    | {"--view", "--modality", "--no-label-text"},
+    "prepare csv": PREPARE | ROWS | {"path"},
+    "prepare biomedica": PREPARE | {"folder"},
+    "prepare chexpert": PREPARE | {"--train-table", "folder"},
+    "prepare chexpert-plus": PREPARE | {"--images", "--labels", "folder"},
+    "prepare dicom-folder": PREPARE | {"--key-file", "--license", "--modalities", "folder"},
+    "prepare hf-dataset": PREPARE | ROWS | {"folder"},
+    "prepare jsonl": PREPARE | ROWS | {"folder"},
+    "prepare mimic-cxr": PREPARE | {"--label-table", "--labeller", "--reports", "folder"},
+    "prepare open-pmc": PREPARE | {"folder"},
+    "prepare padchest": PREPARE | {"folder"},
+    "prepare parquet": PREPARE | ROWS | {"folder"},
+    "prepare pmc-oa": PREPARE | {"folder"},
+    "prepare rocov2": PREPARE | {"folder"},
+    "prepare rsna-pneumonia": PREPARE | {"folder"},
+    "prepare siim-acr": PREPARE | {"folder"},
+    "prepare vindr-cxr": PREPARE | {"folder"},
     "shards plan": COMMON
     | {
         "--samples",
