@@ -15,6 +15,7 @@ def add_shards(verbs: Verbs) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_plan(actions)
     _add_check(actions)
+    _add_repair(actions)
 
 
 def _add_plan(actions: Verbs) -> None:
@@ -75,3 +76,23 @@ def _run_check(args: argparse.Namespace) -> int:
     result = check(args.shards, decode=not args.no_decode, listed=args.out)
     say(args, result, summary(result))
     return 1 if result["bad"] else 0
+
+
+def _add_repair(actions: Verbs) -> None:
+    repair = add_verb(
+        actions,
+        "repair",
+        "write shards anew without what is bad in them",
+        "shards repair shards/nih --out shards/nih-whole",
+        _run_repair,
+    )
+    repair.add_argument("shards", help="folder, URL or pattern; it stays as it is")
+    repair.add_argument("--out", type=Path, required=True, help="a new folder")
+    repair.add_argument("--no-decode", action="store_true", help="do not decode the images")
+
+
+def _run_repair(args: argparse.Namespace) -> None:
+    from medclip_lab.data.repair import repair, summary
+
+    manifest = repair(args.shards, args.out, decode=not args.no_decode, command=args.command)
+    say(args, manifest, summary(args.out, manifest))

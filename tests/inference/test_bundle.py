@@ -208,3 +208,5 @@ def test_card_and_preprocess_are_written_for_people(toy_bundle: Path) -> None:
     preprocess = json.loads((toy_bundle / "preprocess.json").read_text())
     assert preprocess["size"] == [32, 32]
     assert any("VOI LUT" in step for step in preprocess["steps"])
+    assert (preprocess["window"], preprocess["percentiles"]) == ("file", [0.0, 100.0])
+    assert preprocess["augment"]["crop"] == [1.0, 1.0]
