@@ -10,21 +10,26 @@ from medclip_lab.bench.data import bench_data
 from medclip_lab.bench.data_shards import Kind, given, made, write
 from medclip_lab.cli import main
 from medclip_lab.data.decode import decode_image
+from medclip_lab.data.manifest import Manifest
 from medclip_lab.data.quarantine import Quarantine
-from medclip_lab.data.shards import Manifest, read_shard
+from medclip_lab.data.reader import read_shard
 from medclip_lab.errors import UserError
 
 
 def test_both_loaders_read_the_same(tmp_path: Path) -> None:
     """A ratio between two different things would be none: the same studies, and the same ids of the same texts."""
     pytest.importorskip("pandas")
-    from medclip_lab.bench.loaders import our_batches, their_batches
+    from medclip_lab.bench.loaders import our_batches, plain_batches, their_batches
 
     assert write(made(Kind(96, "jpg"), 20), tmp_path / "ours", tmp_path / "theirs")[::2] == (20, False)
     ours = list(our_batches(tmp_path / "ours", 32, 10, 20, 0))
     theirs = list(their_batches(tmp_path / "theirs", 32, 10, 20, 0))
     assert [batch["image"].shape for batch in ours] == [(10, 1, 32, 32)] * 2
     assert [image.shape for image, _ in theirs] == [(10, 3, 32, 32)] * 2
+    plain = list(plain_batches(tmp_path / "ours", 32, 10, 20, 0))
+    assert sorted(study for batch in plain for study in batch["image_id"]) == sorted(
+        study for batch in ours for study in batch["image_id"]
+    )
     our_texts = sorted(torch.cat([batch["text"] for batch in ours]).tolist())
     assert our_texts == sorted(torch.cat([text for _, text in theirs]).tolist())
     # Crops differ; the mean brightness of the whole set does not.
@@ -37,10 +42,10 @@ def test_both_loaders_read_the_same(tmp_path: Path) -> None:
 def test_sixteen_bits_and_their_copies(tmp_path: Path) -> None:
     assert write(made(Kind(64, "png", deep=True), 3), tmp_path / "ours", tmp_path / "theirs")[2]
     images = {}
-    for side in ("ours", "theirs"):
-        (shard,) = Manifest.load(tmp_path / side).shards
+    for side, named in (("ours", tmp_path / "ours"), ("theirs", f"{tmp_path}/theirs/*.tar")):
+        (shard,) = Manifest.load(named).shards
         studies = list(read_shard(shard, Quarantine(3, 0.0)))
-        images[side] = [decode_image(study["images"][0][1], "png") for study in studies]
+        images[side] = [decode_image(study.images[0][1], "png") for study in studies]
     for deep, copy in zip(images["ours"], images["theirs"], strict=True):
         assert (deep.image.mode, copy.image.mode) == ("I;16", "L")
         assert (np.asarray(deep.eight_bits()) == np.asarray(copy.image)).all()
@@ -62,7 +67,8 @@ def test_bench_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFix
     assert told == json.loads(out.read_text())
     case = told["cases"]["320-jpeg"]
     assert case["samples"] == 8
-    assert case["batches"] == {"ours": "uint8 [4, 1, 32, 32]", "open_clip": "float32 [4, 3, 32, 32]"}
+    ours_like = "uint8 [4, 1, 32, 32]"
+    assert case["batches"] == {"ours": ours_like, "webdataset": ours_like, "open_clip": "float32 [4, 3, 32, 32]"}
     ours, theirs = case["runs"]["ours"][0], case["runs"]["open_clip"][0]
     assert case["ratio"] == pytest.approx(ours / theirs, abs=0.02)
     for side, stages in case["stage_ms"].items():

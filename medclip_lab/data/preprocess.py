@@ -129,6 +129,10 @@ def stack(images: list[Tensor]) -> Tensor:
     return torch.stack([image.expand(channels, -1, -1) for image in images])
 
 
-def to_float(images: Tensor) -> Tensor:
-    """float32 in [0, 1] of uint8 pixels; float pixels as they are."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """float32 [B, C, H, W] of uint8 or float in [0, 1] pixels [B, 1 or C, H, W]; mean and std are [C, 1, 1].
+
+    In one pass over the result: greyscale is spread over the channels by it.
+    """
+    scale = 1 / (std * (255 if images.dtype == torch.uint8 else 1))
+    return torch.addcmul(-mean / std, images.float(), scale)

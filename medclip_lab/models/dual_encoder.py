@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medclip_lab.data.preprocess import PreprocessConfig, to_float
+from medclip_lab.data.preprocess import PreprocessConfig, normalise
 from medclip_lab.errors import UserError
 
 Features = dict[str, Tensor]
@@ -129,7 +129,7 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """[N, D] unit norm from [N, 1 or 3, H, W], uint8 or float in [0, 1]."""
-        normalised = (to_float(pixels) - self.mean) / self.std
+        normalised = normalise(pixels, self.mean, self.std)
         if self.channels_last:
             normalised = normalised.contiguous(memory_format=torch.channels_last)
         return F.normalize(self.model.encode_image(normalised).float(), dim=-1)

@@ -8,7 +8,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from medclip_lab.data.decoded import Window
-from medclip_lab.data.preprocess import Preprocess, PreprocessConfig, stack, to_float
+from medclip_lab.data.preprocess import Preprocess, PreprocessConfig, normalise, stack
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
@@ -20,7 +20,7 @@ def test_pixels_are_those_of_open_clip(mode: str, interpolation: str, size: tupl
     ours = stack([Preprocess(config)(image)])
     assert ours.shape == (1, 1, 32, 32)
     assert ours.dtype == torch.uint8
-    ours = (to_float(ours).expand(1, 3, 32, 32) - 0.5) / 0.25
+    ours = normalise(ours, torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25))
     theirs = image_transform_v2(PreprocessCfg(**config.open_clip()), is_train=False)(image)
     torch.testing.assert_close(ours[0], theirs, rtol=0, atol=1e-6)
 
