@@ -96,7 +96,15 @@ def check_shard(shard: Shard, decode: bool = True) -> ShardReport:
             findings.append(Finding("", Fault("bad index", "the index beside it is not of this shard")))
     except OSError as error:
         return ShardReport(shard.name, 0, [Finding("", Fault("unreadable shard", error.strerror or str(error)))])
-    good = 0
+    good = sum(not bad for _, bad in studies_of(shard, decode, findings))
+    return ShardReport(shard.name, good, findings)
+
+
+def studies_of(shard: Shard, decode: bool, findings: list[Finding]) -> Iterator[tuple[Study, set[int]]]:
+    """The studies of a shard that can be read, each with the numbers of those images that cannot be decoded.
+
+    Everything bad is appended to `findings`.
+    """
     reader = Reader([shard], Quarantine(shard.samples, 1.0), limit=1)
     for number in range(shard.samples):
         try:
@@ -104,15 +112,14 @@ def check_shard(shard: Shard, decode: bool = True) -> ShardReport:
         except BadSampleError as error:
             findings.append(Finding(error.key, error.fault))
             continue
-        faults = bad_images(study) if decode else {}
-        findings += [Finding(study.key, fault) for fault in faults.values()]
-        good += not faults
-    findings += [Finding("", fault) for fault in reader.index(0).faults]
+        bad = _bad_images(study) if decode else {}
+        findings += [Finding(study.key, fault) for fault in bad.values()]
+        yield study, set(bad)
+    findings += [Finding("", fault) for fault in reader.faults(0)]
     reader.close()
-    return ShardReport(shard.name, good, findings)
 
 
-def bad_images(study: Study) -> dict[int, Fault]:
+def _bad_images(study: Study) -> dict[int, Fault]:
     """What is wrong with those images of a study that cannot be decoded, by number."""
     faults = {}
     for number, (suffix, data) in enumerate(study.images):

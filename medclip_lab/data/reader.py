@@ -74,13 +74,12 @@ class Reader:
         except (ValueError, RecursionError) as error:
             raise BadSampleError(entry.key, Fault("bad metadata", str(error)[:200])) from None
 
-    def index(self, shard: int) -> ShardIndex:
-        """What a shard holds.
-
-        Raises:
-            OSError: it cannot be read.
-        """
-        return self._get(shard)[1]
+    def faults(self, shard: int) -> tuple[Fault, ...]:
+        """What is wrong with a shard itself, as far as its headers tell; empty if it cannot be opened."""
+        try:
+            return self._get(shard)[1].faults
+        except OSError:
+            return ()
 
     def _get(self, shard: int) -> tuple[BinaryIO, ShardIndex]:
         if shard not in self._open:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from medclip_lab import progress
-from medclip_lab.data.check import Finding, bad_images
+from medclip_lab.data.check import Finding, studies_of
 from medclip_lab.data.manifest import Manifest, Shard
 from medclip_lab.data.quarantine import Quarantine
-from medclip_lab.data.reader import BadSampleError, Reader, Study
+from medclip_lab.data.reader import Study
 from medclip_lab.data.sample import Sample
 from medclip_lab.data.writing import Written, named_disk_errors, start_folder, write_manifest, write_shard
 from medclip_lab.errors import UserError
@@ -58,18 +58,9 @@ def repair(shards: str | Path, out: Path, decode: bool = True, command: str = ""
 
 
 def _samples(shard: Shard, decode: bool, findings: list[Finding]) -> Iterator[Sample]:
-    reader = Reader([shard], Quarantine(shard.samples, 1.0), limit=1)
-    for number in range(shard.samples):
-        try:
-            study = reader.study(0, number)
-        except BadSampleError as error:
-            findings.append(Finding(error.key, error.fault))
-            continue
-        bad = bad_images(study) if decode else {}
-        findings += [Finding(study.key, fault) for fault in bad.values()]
+    for study, bad in studies_of(shard, decode, findings):
         if not study.images or len(bad) < len(study.images):
-            yield _sample(study, shard.split, set(bad))
-    reader.close()
+            yield _sample(study, shard.split, bad)
 
 
 def _sample(study: Study, split: str, without: set[int]) -> Sample:

@@ -15,7 +15,7 @@ from medclip_lab.data.sample import MAX_MEMBER_BYTES, Sample
 from medclip_lab.data.sources.base import BadStudyError, Note, Record
 from medclip_lab.data.sources.common import split_by_hash
 from medclip_lab.data.sources.pmc_oa import article_of
-from medclip_lab.data.sources.tables import caption, read_images
+from medclip_lab.data.sources.tables import figure_sample, read_images
 from medclip_lab.errors import UserError
 from medclip_lab.files import existing_folder
 
@@ -75,23 +75,8 @@ class Biomedica:
         shard = self.folder.expanduser() / figure.shard
         found = read_images([("jpg", _bytes(shard, figure.jpg, MAX_MEMBER_BYTES)) if figure.jpg else None], note)
         text = _bytes(shard, figure.txt, MAX_JSON_BYTES) if figure.txt else b""
-        report = caption(text.decode("utf-8", errors="replace"))
-        if not report.text:
-            note("no caption", "kept as an image without text")
         facts = _facts(_bytes(shard, figure.json, MAX_JSON_BYTES) if figure.json else b"{}")
-        return Sample(
-            study_id=record.study_id,
-            patient_id=record.patient_id,
-            split=record.split,
-            images=found.images,
-            view=[""],
-            modality="OT",
-            sections=report.sections,
-            text=report.text,
-            source=self.name,
-            license=str(facts.get("article_license") or self.license),
-            extra=facts,
-        )
+        return figure_sample(self, record, found, text.decode("utf-8", errors="replace"), note, facts)
 
 
 def _article(key: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from medclip_lab.data.sample import Sample
 from medclip_lab.data.sources.base import Note, Record
 from medclip_lab.data.sources.common import split_by_hash
-from medclip_lab.data.sources.tables import caption, find_image, read_images
+from medclip_lab.data.sources.tables import figure_sample, find_image, read_images
 from medclip_lab.errors import UserError
 from medclip_lab.files import existing_folder
 
@@ -64,21 +64,7 @@ class PmcOa:
         folder = self.folder.expanduser()
         roots = [folder / "images", folder / _SUBFIGURES, folder / "images" / _SUBFIGURES, folder]
         found = read_images([find_image(roots, image)], note)
-        report = caption(text)
-        if not report.text:
-            note("no caption", "kept as an image without text")
-        return Sample(
-            study_id=record.study_id,
-            patient_id=record.patient_id,
-            split=record.split,
-            images=found.images,
-            view=[""],
-            modality="OT",
-            sections=report.sections,
-            text=report.text,
-            source=self.name,
-            license=self.license,
-        )
+        return figure_sample(self, record, found, text, note)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from medclip_lab.data.sample import Sample
 from medclip_lab.data.sources.base import Note, Record
 from medclip_lab.data.sources.tables import (
     SPLIT_OF,
-    caption,
+    figure_sample,
     find_image,
     find_optional_table,
     find_table,
@@ -77,26 +77,8 @@ class Rocov2:
         part = figure.image.partition("/")[0]
         # train_images.zip holds train/, but some unpack it into a folder of its name
         found = read_images([find_image([folder, folder / f"{part}_images"], figure.image)], note)
-        report = caption(figure.caption)
-        if not report.text:
-            note("no caption", "kept as an image without text")
-        return Sample(
-            study_id=record.study_id,
-            patient_id=record.patient_id,
-            split=record.split,
-            images=found.images,
-            view=[""],
-            modality="OT",
-            sections=report.sections,
-            text=report.text,
-            source=self.name,
-            license=self.license,
-            extra={
-                "concepts": list(figure.concepts),
-                "article": figure.article,
-                "attribution": figure.attribution,
-            },
-        )
+        extra = {"concepts": list(figure.concepts), "article": figure.article, "attribution": figure.attribution}
+        return figure_sample(self, record, found, figure.caption, note, extra)
 
 
 def _captions(table: Path) -> dict[str, str]:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from medclip_lab.data.findings import ABSENT, CHEXPERT14, PRESENT, UNCERTAIN
 from medclip_lab.data.labeller import combine_labels, labelled_sentences
 from medclip_lab.data.report import report_text
-from medclip_lab.data.sample import MAX_MEMBER_BYTES
-from medclip_lab.data.sources.base import BadStudyError, Note
+from medclip_lab.data.sample import MAX_MEMBER_BYTES, Sample
+from medclip_lab.data.sources.base import BadStudyError, Note, Record, Source
 from medclip_lab.data.sources.common import BadImageError, check_image, read_image, require_columns
 from medclip_lab.errors import UserError
 
@@ -263,6 +263,29 @@ def caption(text: str) -> Report:
     text = " ".join(text.split())
     sections = {"findings": text} if any(map(str.isalnum, text)) else {}
     return Report(sections, report_text(sections), [], {})
+
+
+def figure_sample(
+    source: Source, record: Record, images: Images, text: str, note: Note, extra: Mapping[str, Any] | None = None
+) -> Sample:
+    """A study that is one figure of an article and its caption; `extra` may have a licence of its own."""
+    report = caption(text)
+    if not report.text:
+        note("no caption", "kept as an image without text")
+    extra = dict(extra or {})
+    return Sample(
+        study_id=record.study_id,
+        patient_id=record.patient_id,
+        split=record.split,
+        images=images.images,
+        view=[""],
+        modality="OT",
+        sections=report.sections,
+        text=report.text,
+        source=source.name,
+        license=str(extra.get("article_license") or source.license),
+        extra=extra,
+    )
 
 
 NO_TEXT = ("no findings and no impression", "kept as an image without text")
