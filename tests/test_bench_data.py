@@ -93,3 +93,14 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medclip_lab.bench.data.find_spec", lambda name: None if name == "pandas" else object())
     with pytest.raises(UserError, match="needs pandas: pip install pandas"):
         bench_data(make=["320-jpeg"])
+
+
+def test_a_resume_loses_and_repeats_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "resume.json"
+    assert main(["bench", "resume", "--samples", "3000", "--batch", "8", "--out", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == json.loads(out.read_text())
+    assert (told["lost"], told["repeated"], told["rows_of_the_first_batch"]) == (0, 0, 8)
+    assert told["first_batch_seconds"] > 0
+    assert main(["bench", "resume", "--samples", "100"]) == 2
+    assert "whole thousands" in capsys.readouterr().err

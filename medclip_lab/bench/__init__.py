@@ -1,1 +1,1 @@
-"""Speed and memory beside named peers, in one run on one machine: `losses` and `data`."""
+"""Speed and memory beside named peers, in one run on one machine: `losses`, `data` and `resume`."""

@@ -18,8 +18,9 @@ def add_bench(verbs: Verbs) -> None:
     )
     parser.add_argument(
         "what",
-        choices=["losses", "data"],
-        help="losses: forward and backward beside open_clip's; data: training batches a second beside open_clip's",
+        choices=["losses", "data", "resume"],
+        help="losses: forward and backward beside open_clip's; data: training batches a second beside open_clip's; "
+        "resume: going on in the middle of an epoch",
     )
     parser.add_argument(
         "--batch", type=int, default=None, help="rows of features (default: 8192; on a GPU several); data: samples (64)"
@@ -32,16 +33,20 @@ def add_bench(verbs: Verbs) -> None:
     losses.add_argument("--dim", type=int, default=None, help="embed dim (default: 768; on a GPU several)")
     losses.add_argument("--device", default="cpu", help="cpu: float32; cuda: bfloat16 and the fused kernels")
     losses.add_argument("--only", nargs="+", default=None, help="names of losses (default: all)")
-    data = parser.add_argument_group("data")
+    data = parser.add_argument_group("data, resume")
     data.add_argument("--shards", nargs="+", type=Path, default=[], help="folders of shards to read")
     data.add_argument("--make", nargs="+", default=[], help="sets to make and read: 1024-jpeg, 320-jpeg, 512-png16")
     data.add_argument("--size", type=int, default=224, help="side of the images in a batch (default: 224)")
-    data.add_argument("--samples", type=int, default=512, help="samples of each set, at most (default: 512)")
+    data.add_argument(
+        "--samples", type=int, default=None, help="of each set, at most (default: 512); resume: in all (1,000,000)"
+    )
 
 
 def _run_bench(args: argparse.Namespace) -> None:
     if args.what == "data":
         _bench_data(args)
+    elif args.what == "resume":
+        _bench_resume(args)
     elif args.device == "cuda":
         _bench_on_gpu(args)
     else:
@@ -69,12 +74,28 @@ def _bench_data(args: argparse.Namespace) -> None:
     from medclip_lab.bench.data import bench_data, table
     from medclip_lab.files import write_json
 
-    result = bench_data(args.shards, args.make, args.size, args.batch or 64, args.samples, args.repeats or 5, _tell)
+    result = bench_data(
+        args.shards, args.make, args.size, args.batch or 64, args.samples or 512, args.repeats or 5, _tell
+    )
     result = {"command": args.command, **result}
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, result)
     say(args, result, table(result))
+
+
+def _bench_resume(args: argparse.Namespace) -> None:
+    from medclip_lab.bench.resume import bench_resume
+    from medclip_lab.files import write_json
+
+    samples = 1_000_000 if args.samples is None else args.samples
+    result = bench_resume(samples, args.batch or 64, _tell)
+    result = {"command": args.command, **result}
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, result)
+    told = ("first_batch_seconds", "peak_mib", "lost", "repeated")
+    say(args, result, "\n".join(f"{name:<22}{result[name]}" for name in told))
 
 
 def _bench_on_gpu(args: argparse.Namespace) -> None:
