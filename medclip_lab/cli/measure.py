@@ -74,9 +74,8 @@ def _bench_data(args: argparse.Namespace) -> None:
     from medclip_lab.bench.data import bench_data, table
     from medclip_lab.files import write_json
 
-    result = bench_data(
-        args.shards, args.make, args.size, args.batch or 64, args.samples or 512, args.repeats or 5, _tell
-    )
+    samples = 512 if args.samples is None else args.samples
+    result = bench_data(args.shards, args.make, args.size, args.batch or 64, samples, args.repeats or 5, _tell)
     result = {"command": args.command, **result}
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -208,7 +208,7 @@ if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 """
 COMMAND = (
-    "prepare toy --studies 60 --broken 3 41 --remarked 4 20 --copies 9:1 25:24 30:7 --slow 0.02 --out shards "
+    "prepare toy --studies 60 --broken 3 41 --remarked 4 20 --copies 9:1 25:24 30:7 --slow 0.1 --out shards "
     "--samples-per-shard 6 --max-bad 0.1 --duplicates drop --workers 2"
 )
 

@@ -273,6 +273,7 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
         import resource
         import sys
         from pathlib import Path
+        import webdataset  # before the limit: torch comes with it
         from medclip_lab.data import index
         from medclip_lab.data.manifest import Shard
         from medclip_lab.data.quarantine import Quarantine
