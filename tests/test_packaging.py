@@ -107,3 +107,10 @@ def test_no_extra_brings_a_second_faiss() -> None:
     assert all(len(lines) <= 1 for lines in with_faiss.values())
     everything = [*PROJECT["project"]["dependencies"], *(line for lines in extras.values() for line in lines)]
     assert not any(line.replace(" ", "").startswith("open_clip_torch[") for line in everything)
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.name)
+def test_scripts_of_the_checkout_start(script: Path) -> None:
+    result = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "usage:" in result.stdout

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from medclip_lab.data.mesh import agreement, agreement_table, developed_on
-from medclip_lab.data.sources.openi import openi_samples
+from medclip_lab.data.sources.openi import OpenI
+from medclip_lab.data.sources.reading import read_all
 from medclip_lab.doctor import commit, cpu_name, memory_gib
 from medclip_lab.inference.bundle import versions
 
@@ -77,7 +78,7 @@ def real(args: argparse.Namespace) -> dict[str, Any]:
 
 def labeller(args: argparse.Namespace) -> dict[str, Any]:
     halves: dict[str, list[Any]] = {"held_out": [], "developed_on": []}
-    for sample in openi_samples(args.data / "openi-reports" / "NLMCXR_reports.tgz"):
+    for sample in read_all(OpenI(args.data / "openi-reports" / "NLMCXR_reports.tgz")):
         half = "developed_on" if developed_on(sample.study_id) else "held_out"
         halves[half].append((sample.labels, sample.extra["mesh_labels"]))
     result = {}

@@ -18,6 +18,7 @@ from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.reader import read_split
 from medclip_lab.data.sample import Sample
 from medclip_lab.data.sources.phantom import Phantom
+from medclip_lab.data.sources.reading import read_all
 from medclip_lab.data.writing import write_all
 from medclip_lab.errors import UserError
 
@@ -147,5 +148,4 @@ def _samples(studies: list[Study]) -> Iterator[Sample]:
 
 
 def _phantoms(number: int, size: int) -> list[Sample]:
-    source = Phantom(studies=number, size=size)
-    return [source.read(record, lambda *_, **__: None) for record in source.records()]
+    return list(read_all(Phantom(studies=number, size=size)))

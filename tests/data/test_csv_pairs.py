@@ -12,9 +12,9 @@ from medclip_lab.data.sample import Sample
 from medclip_lab.data.shards import write_shards
 from medclip_lab.data.sources.common import split_by_hash
 from medclip_lab.data.sources.csv_pairs import CsvPairs
+from medclip_lab.data.sources.reading import read_all
 from medclip_lab.errors import UserError
 
-from .reading import read_all
 from .test_sources import DICOM, PNG, encoded
 
 

@@ -25,8 +25,8 @@ from medclip_lab.data.sample import Sample
 from medclip_lab.data.sources.base import Record
 from medclip_lab.data.sources.nih_cxr14 import NihCxr14
 from medclip_lab.data.sources.phantom import Phantom
+from medclip_lab.data.sources.reading import read_all
 
-from .reading import read_all
 from .toy_source import Toy, encoded, picture
 
 

@@ -8,8 +8,7 @@ import pytest
 from medclip_lab.data.findings import CHEXPERT14
 from medclip_lab.data.mesh import agreement, agreement_table, developed_on, mesh_labels
 from medclip_lab.data.sources.openi import OpenI
-
-from .reading import read_all
+from medclip_lab.data.sources.reading import read_all
 
 
 @pytest.mark.parametrize(

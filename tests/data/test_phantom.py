@@ -13,9 +13,8 @@ from PIL import Image
 from medclip_lab.data.findings import CHEXPERT14, NO_FINDING, SUPPORT_DEVICES
 from medclip_lab.data.sample import SPLITS, Sample
 from medclip_lab.data.sources.phantom import Phantom
+from medclip_lab.data.sources.reading import read_all
 from medclip_lab.errors import UserError
-
-from .reading import read_all
 
 STUDIES = 640
 

@@ -17,9 +17,8 @@ from medclip_lab.data.shards import write_shards
 from medclip_lab.data.sources.common import BadImageError, check_image, image_suffix, read_table, split_by_hash
 from medclip_lab.data.sources.nih_cxr14 import CHEXPERT_OF, NEVER_LABELLED, NihCxr14
 from medclip_lab.data.sources.openi import MAX_XML_BYTES, OpenI
+from medclip_lab.data.sources.reading import read_all
 from medclip_lab.errors import UserError
-
-from .reading import read_all
 
 
 def encoded(kind: str = "PNG", shade: int = 90) -> bytes:
