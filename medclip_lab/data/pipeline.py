@@ -218,10 +218,12 @@ class BatchStream(IterableDataset[Batch]):
             name: Reader(shards, self.quarantines[name], self._open_shards(name))
             for name, shards in self.shards.items()
         }
-        for step in range(self.start + worker, self.steps, workers):
-            yield self.batch(self.plan.rows(step, self.rank, self.world_size), step, readers)
-        for reader in readers.values():
-            reader.close()
+        try:
+            for step in range(self.start + worker, self.steps, workers):
+                yield self.batch(self.plan.rows(step, self.rank, self.world_size), step, readers)
+        finally:
+            for reader in readers.values():
+                reader.close()
 
     def _open_shards(self, name: str) -> int:
         """As many as the windows of this rank's lanes meet, and those of the next."""

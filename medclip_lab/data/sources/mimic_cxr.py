@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from medclip_lab.data.findings import CHEXPERT14
-from medclip_lab.data.report import parse_sections
+from medclip_lab.data.report import parse_sections, report_text
 from medclip_lab.data.sample import Sample
 from medclip_lab.data.sources.base import Note, Record
 from medclip_lab.data.sources.tables import (
@@ -40,6 +40,7 @@ MAX_REPORT_BYTES = 2**20  # the longest has some 10 kB
 _NUMBER = re.compile(r"\d{8}")
 _DICOM_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{8}){4}")
 _RADIOLOGIST = "mimic-cxr-2.1.0-test-set-labeled.csv"  # of the test split, new in 2.1.0
+_HEADED = re.compile(r"^[ \t]*[A-Z][A-Z /]{2,}:", re.MULTILINE)
 _AIRSPACE = "Airspace Opacity"  # how that table calls Lung Opacity
 
 
@@ -119,7 +120,7 @@ class MimicCxr:
         home = self.folder.expanduser() / place
         found = read_images([_image(home, dicom) for dicom in study.images], note)
         text = self._report(place + ".txt", note)
-        report = chest_report(parse_sections(text))
+        report = chest_report(_sections(text))
         if text and not report.text:
             note(*NO_TEXT)
         extra: dict[str, object] = {"dicom_ids": [study.images[number] for number in found.places]}
@@ -217,6 +218,18 @@ def _labels(path: Path) -> Iterator[tuple[str, _States]]:
     columns = {name: opacity if name == "Lung Opacity" else name for name in CHEXPERT14}
     for line, row in read_rows(path, ("study_id", *columns.values())):
         yield row["study_id"], tuple(read_labels(row, columns, f"{path}, line {line}").values())
+
+
+def _sections(text: str) -> dict[str, str]:
+    """Sections of a report; of one without findings and impression the last paragraph serves as findings.
+
+    So does the code that comes with MIMIC-CXR: in such reports what was seen follows the comparison without a header.
+    """
+    sections = parse_sections(text)
+    paragraphs = [part.strip() for part in re.split(r"\n[ \t]*\n", text) if part.strip()]
+    if paragraphs and not report_text(sections) and not _HEADED.search(paragraphs[-1]):
+        sections |= {"findings": " ".join(paragraphs[-1].split())}
+    return sections
 
 
 def _named(states: _States) -> dict[str, int | None]:

@@ -114,7 +114,11 @@ def label_value(cell: Any, where: str, column: str) -> int | None:
         return None
     text = str(int(cell)) if isinstance(cell, bool) else str(cell).strip()
     if text not in LABEL_OF:
-        raise UserError(f"{where}: label column {column!r} holds {short(text)}, one of 1, 0, -1 or blank expected")
+        # CheXbert's first release wrote class numbers, and its 0 would be read as absent.
+        hint = " (class numbers of CheXbert? 0 blank, 1, 2 absent, 3 uncertain)" if text[:1] in ("2", "3") else ""
+        raise UserError(
+            f"{where}: label column {column!r} holds {short(text)}, one of 1, 0, -1 or blank expected{hint}"
+        )
     return LABEL_OF[text]
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from medclip_lab.data.findings import CHEXPERT14
+from medclip_lab.data.report import report_text
+from medclip_lab.data.sources import mimic_cxr
 from medclip_lab.data.sources.mimic_cxr import MimicCxr
 from medclip_lab.errors import UserError
 from tests.data.sources.helpers import dicom, image, run, write, write_csv
@@ -265,3 +267,16 @@ def test_what_is_missing_is_named_in_one_line(
     with pytest.raises(UserError, match=message) as caught:
         replace(source, **options).records()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("report", "text"),
+    [
+        ("COMPARISON: None.\n \n The lungs are clear.\n No effusion.\n", "The lungs are clear. No effusion."),
+        ("HISTORY: Cough.\n\nCOMPARISON: None.\n", ""),
+        ("COMPARISON: None.\n\nFINDINGS: Clear lungs.\n\nSigned.", "Clear lungs. Signed."),
+        ("", ""),
+    ],
+)
+def test_what_follows_the_comparison_without_a_header_is_what_was_seen(report: str, text: str) -> None:
+    assert report_text(mimic_cxr._sections(report)) == text
