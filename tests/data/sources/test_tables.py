@@ -170,5 +170,5 @@ def test_a_caption_is_text_without_labels() -> None:
 def test_class_numbers_of_chexbert_are_told_apart_from_states() -> None:
     with pytest.raises(UserError, match=r"one of 1, 0, -1 or blank expected \(class numbers of CheXbert\?"):
         label_value("3.0", "table.csv, line 2", "Edema")
-    with pytest.raises(UserError, match="blank expected$"):
+    with pytest.raises(UserError, match=r"blank expected$"):
         label_value("yes", "table.csv, line 2", "Edema")
