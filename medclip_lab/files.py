@@ -75,7 +75,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{what}: no such file: {path}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{what}: cannot read {path}: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{what}: {path} holds a {type(value).__name__}, not an object")

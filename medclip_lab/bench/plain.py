@@ -21,7 +21,7 @@ class PlainStream(BatchStream):
         for step in range(self.steps):
             yield self.batch(rows, step, {})
 
-    def _studies(self, row: Row, readers: dict[str, Reader]) -> Iterator[Study]:  # noqa: ARG002 - no reader here
+    def _studies(self, row: Row, step: int, readers: dict[str, Reader]) -> Iterator[Study]:  # noqa: ARG002 - no reader
         yield next(self._plain)
 
 
@@ -30,7 +30,7 @@ def _studies(folder: Path, window: int, seed: int) -> Iterator[Study]:
     samples = wds.DataPipeline(
         wds.SimpleShardList(urls, seed=seed), wds.tarfile_to_samples(), wds.shuffle(window, initial=window, seed=seed)
     )
-    for sample in samples:
+    for number, sample in enumerate(samples):
         members: dict[str, Any] = {name: data for name, data in sample.items() if not name.startswith("__")}
         record = json.loads(members.pop("json"))
-        yield Study(sample["__key__"], sample["__url__"], record, list(members.items()))
+        yield Study(sample["__key__"], sample["__url__"], number, record, list(members.items()))

@@ -43,7 +43,9 @@ def _run_plan(args: argparse.Namespace) -> None:
     from medclip_lab.data.manifest import Manifest
     from medclip_lab.data.simulate import Case, simulate, table
 
-    samples, per_shard, size = args.samples, args.samples_per_shard, round(args.sample_kib * 1024)
+    if not 0 < args.sample_kib < 2**40:
+        raise UserError(f"plan: --sample-kib must be positive, got {args.sample_kib}")
+    samples, per_shard, size = args.samples, args.samples_per_shard, max(1, round(args.sample_kib * 1024))
     if args.shards is not None:
         shards = Manifest.load(args.shards).of_split(args.split)
         samples = sum(shard.samples for shard in shards)

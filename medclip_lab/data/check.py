@@ -113,13 +113,18 @@ def studies_of(shard: Shard, decode: bool, findings: list[Finding]) -> Iterator[
             findings.append(Finding(error.key, error.fault))
             continue
         bad = _bad_images(study) if decode else {}
-        findings += [Finding(study.key, fault) for fault in bad.values()]
+        if bad:
+            told = "; ".join(f"image {place}: {reason}" for place, reason in bad.items())
+            findings.append(Finding(study.key, Fault("unreadable image", told)))
         yield study, set(bad)
+    if (found := reader.count(0)) > shard.samples:
+        reason = f"{found} samples, and the manifest tells of {shard.samples}"
+        findings.append(Finding("", Fault("wrong count", reason)))
     findings += [Finding("", fault) for fault in reader.faults(0)]
     reader.close()
 
 
-def _bad_images(study: Study) -> dict[int, Fault]:
+def _bad_images(study: Study) -> dict[int, str]:
     """What is wrong with those images of a study that cannot be decoded, by number."""
     faults = {}
     for number, (suffix, data) in enumerate(study.images):
@@ -128,7 +133,7 @@ def _bad_images(study: Study) -> dict[int, Fault]:
         try:
             decode_image(data, suffix).eight_bits()
         except DecodeError as error:
-            faults[number] = Fault("unreadable image", str(error))
+            faults[number] = str(error)
     return faults
 
 

@@ -4,6 +4,7 @@ Only headers are read to make an index; nothing is unpacked, and a member counts
 of the tar with a suffix we know. So what a shard holds besides is never looked at.
 """
 
+import io
 import json
 import re
 import tarfile
@@ -20,6 +21,8 @@ SUFFIX = ".index.json"
 TEXT_SUFFIXES = ("json", "txt")
 MAX_TEXT_BYTES = 16 * 2**20
 MAX_HEADER_BYTES = 64 * 2**10  # of a header that extends another: a name or a comment of any length is one
+MAX_STUDY_BYTES = 2**30
+MAX_INDEX_BYTES = 2**28
 MAX_SAMPLES = 2**20
 MAX_SEARCHED_BYTES = 64 * 2**20  # for the next header, where one is damaged
 
@@ -78,41 +81,40 @@ class _Headers:
         return self.file.read(size)
 
 
-def scan(path: Path) -> ShardIndex:
-    """Index a tar by its headers. One that ends early, or has a damaged header, gives what it holds besides.
-
-    Raises:
-        OSError: the file cannot be opened.
-    """
+def scan(file: BinaryIO) -> ShardIndex:
+    """Index an open tar by its headers. One that ends early, or has a damaged header, gives what it holds besides."""
     from webdataset.tariterators import group_by_keys  # here, as it imports torch, which who writes can do without
 
-    faults: list[Fault] = []
+    faults: dict[Fault, None] = {}  # each once, however often a hostile tar repeats it
     samples: list[dict[str, Any]] = []
 
     def twice(_: Exception) -> bool:
-        faults.append(Fault("member twice", "two members of one name"))
+        faults[Fault("member twice", "two members of one name")] = None
         return True
 
-    with path.open("rb") as file:
-        for group in group_by_keys(_members(file, path.stat().st_size, faults), handler=twice):
-            samples.append(group)
-            if len(samples) == MAX_SAMPLES:
-                faults.append(Fault("unreadable shard", f"more than {MAX_SAMPLES} samples"))
-                break
-    return ShardIndex(tuple(_entry(group) for group in samples), tuple(dict.fromkeys(faults)))
+    for group in group_by_keys(_members(file, faults), handler=twice):
+        samples.append(group)
+        if len(samples) == MAX_SAMPLES:
+            faults[Fault("unreadable shard", f"more than {MAX_SAMPLES} samples")] = None
+            break
+    return ShardIndex(tuple(_entry(group) for group in samples), tuple(faults))
 
 
-def _members(file: BinaryIO, size: int, faults: list[Fault]) -> Iterator[dict[str, Any]]:
+def _members(file: BinaryIO, faults: dict[Fault, None]) -> Iterator[dict[str, Any]]:
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
     try:
         headers = _Headers(file)
         # Zeros are no end: behind a damaged header tarfile looks for the next one.
         with tarfile.open(fileobj=headers, mode="r:", ignore_zeros=True) as tar:  # type: ignore[call-overload]
             while (info := tar.next()) is not None:
+                if info.size < 0:  # Python's reader would go backwards, and round for ever
+                    raise tarfile.ReadError("a member of negative size")
                 headers.searched = 0
                 tar.members.clear()  # else a hostile tar of a million empty members is a million objects
                 name = info.name
                 if not _plain(info):
-                    faults.append(Fault("unsafe member", "not a plain file at the top of the tar"))
+                    faults[Fault("unsafe member", "not a plain file at the top of the tar")] = None
                     continue
                 suffix = name.partition(".")[2].lower()
                 if suffix not in TEXT_SUFFIXES and re.sub(r"^\d+\.", "", suffix) not in IMAGE_SUFFIXES:
@@ -123,20 +125,24 @@ def _members(file: BinaryIO, size: int, faults: list[Fault]) -> Iterator[dict[st
                 elif info.offset_data + info.size > size:
                     fault = Fault("truncated shard", "it ends within the sample")
                 yield {"__url__": "", "fname": name, "data": (Member(suffix, info.offset_data, info.size), fault)}
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        faults.append(Fault("unreadable shard", type(error).__name__))
+    except (tarfile.TarError, EOFError, ValueError, OSError, OverflowError) as error:
+        faults[Fault("unreadable shard", type(error).__name__)] = None
 
 
 def _plain(info: tarfile.TarInfo) -> bool:
     """A sparse file says it is one too, but its bytes do not lie where they are said to."""
-    kind = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not info.issparse()
-    name = info.name
-    return kind and name.isprintable() and len(name) <= 512 and not name.startswith(("/", "_", ".")) and "/" not in name
+    return info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not info.issparse() and _plain_name(info.name)
+
+
+def _plain_name(name: str) -> bool:
+    return name.isprintable() and len(name) <= 512 and not name.startswith(("/", "_", ".")) and "/" not in name
 
 
 def _entry(group: dict[str, Any]) -> Entry:
     found = [value for value in group.values() if isinstance(value, tuple)]
     fault = next((fault for _, fault in found if fault), None)
+    if fault is None and sum(member.size for member, _ in found) > MAX_STUDY_BYTES:
+        fault = Fault("study too large", f"its members together have more than {MAX_STUDY_BYTES} bytes")
     return Entry(str(group["__key__"]), tuple(member for member, _ in found), fault)
 
 
@@ -159,21 +165,28 @@ def read_index(shard: Path, sha256: str) -> ShardIndex | None:
     Args:
         sha256: that the manifest gives the shard.
     """
+    path = index_path(shard)
     try:
-        value = json.loads(index_path(shard).read_bytes())
+        if path.stat().st_size > MAX_INDEX_BYTES:
+            return None
+        value = json.loads(path.read_bytes())
         if (value["format"], value["sha256"]) != (FORMAT, sha256):
             return None
         return ShardIndex(tuple(_believed(key, members, labels) for key, members, labels in value["samples"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 
 
 def _believed(key: Any, members: Any, labels: Any) -> Entry:
     found = tuple(Member(str(suffix), *map(int, numbers)) for suffix, *numbers in members)
+    end = 0
     for member in found:
         largest = MAX_TEXT_BYTES if member.suffix in TEXT_SUFFIXES else MAX_MEMBER_BYTES
-        if not 0 <= member.size <= largest or member.offset < 0 or member.crc32 is None:
+        if not 0 <= member.size <= largest or not end <= member.offset < 2**62 or member.crc32 is None:
             raise ValueError("a member that cannot be")
+        end = member.offset + member.size  # members lie behind each other: none is read twice
+    if sum(member.size for member in found) > MAX_STUDY_BYTES or not _plain_name(str(key)):
+        raise ValueError("a sample that cannot be")
     return Entry(str(key), found, labels={str(name): int(state) for name, state in labels.items()})
 
 

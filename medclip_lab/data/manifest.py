@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from medclip_lab.data import remote
-from medclip_lab.data.index import scan
+from medclip_lab.data.index import MAX_SAMPLES, scan
 from medclip_lab.data.sample import SPLITS
 from medclip_lab.data.writing import FORMAT, MANIFEST
 from medclip_lab.errors import UserError
@@ -29,7 +29,7 @@ class Shard:
     @property
     def name(self) -> str:
         """File name without its folder."""
-        return self.url.rpartition("/")[2]
+        return remote.shown(self.url).rpartition("/")[2]
 
     def local(self) -> Path:
         """Where it lies on this machine; one that lies elsewhere is fetched first.
@@ -59,17 +59,14 @@ class Manifest:
         Raises:
             UserError: no manifest, another format, nothing that matches, or a shard that is missing.
         """
-        if remote.is_pattern(str(folder)) and not Path(folder).is_dir():
-            return cls._of_pattern(str(folder))
+        folder = str(folder).removeprefix("file://")
+        if remote.is_pattern(folder) and not Path(folder).is_dir():
+            return cls._of_pattern(folder)
         if not remote.is_remote(str(folder)):
             folder = Path(folder).expanduser()
             if not folder.is_dir():
                 raise UserError(f"shards: no such folder: {folder}")
         facts = _manifest_of(str(folder))
-        if facts.get("format") != FORMAT:
-            raise UserError(
-                f"shards: {remote.join(str(folder), MANIFEST)} has format {facts.get('format')!r}, not {FORMAT!r}"
-            )
         shards = _listed(facts, str(folder))
         for shard in shards:
             if not remote.is_remote(shard.url) and not Path(shard.url).is_file():
@@ -80,7 +77,7 @@ class Manifest:
     def _of_pattern(cls, pattern: str) -> Self:
         urls = remote.expand(pattern)
         if not urls:
-            raise UserError(f"shards: nothing matches {pattern!r}")
+            raise UserError(f"shards: nothing matches {remote.shown(pattern)!r}")
         listed: dict[str, dict[str, Shard]] = {}
         shards: list[Shard] = []
         labels: dict[str, Counter[str]] = {}
@@ -103,7 +100,9 @@ class Manifest:
         known = {shard.split for shard in self.shards}
         for name in split.split("+"):
             if name not in known:
-                raise UserError(f"shards: {self.folder} has no split {name!r} (it has {', '.join(sorted(known))})")
+                raise UserError(
+                    f"shards: {remote.shown(self.folder)} has no split {name!r} (it has {', '.join(sorted(known))})"
+                )
         return tuple(shard for shard in self.shards if shard.split in split.split("+"))
 
     def count(self, split: str) -> int:
@@ -112,30 +111,57 @@ class Manifest:
 
 
 def _manifest_of(folder: str, optional: bool = False) -> dict[str, Any]:
+    """What the manifest of a folder says; {} if there may be none and there is none.
+
+    Raises:
+        UserError: there is none, it cannot be read, or is none of ours.
+    """
     path = remote.join(folder, MANIFEST)
     if not remote.is_remote(folder):
-        return {} if optional and not Path(path).exists() else read_json(Path(path), "shards")
-    try:
-        value = json.loads(remote.read_bytes(path))
-    except (remote.FetchError, ValueError) as error:
-        if optional and isinstance(error, remote.FetchError):
+        if optional and not Path(path).exists():
             return {}
-        raise UserError(f"shards: cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"shards: {path} holds a {type(value).__name__}, not an object")
+        value: Any = read_json(Path(path), "shards")
+    else:
+        try:
+            value = json.loads(remote.read_bytes(path))
+        except remote.MissingError as error:
+            if optional:
+                return {}
+            raise UserError(f"shards: cannot read {remote.shown(path)}: {error}") from None
+        except (remote.FetchError, ValueError, RecursionError) as error:
+            # A server in trouble is no folder without a manifest: held-out shards would train.
+            raise UserError(f"shards: cannot read {remote.shown(path)}: {error}") from None
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        found = value.get("format") if isinstance(value, dict) else type(value).__name__
+        raise UserError(f"shards: the manifest of {remote.shown(folder)} has format {found!r}, not {FORMAT!r}")
     return value
 
 
 def _listed(facts: dict[str, Any], folder: str) -> tuple[Shard, ...]:
-    shards = []
-    for entry in facts.get("shards", []):
-        name = str(entry["name"])
-        if "/" in name or name.startswith("."):
-            raise UserError(f"shards: the manifest of {folder} names a shard outside of its folder")
-        shards.append(
-            Shard(remote.join(folder, name), entry["split"], entry["samples"], entry["bytes"], entry["sha256"])
-        )
-    return tuple(shards)
+    entries, labels = facts.get("shards", []), facts.get("labels", {})
+    where = f"shards: the manifest of {remote.shown(folder)}"
+    if not isinstance(entries, list) or not isinstance(labels, dict):
+        raise UserError(f"{where} lists no shards")
+    for states in labels.values():
+        if not isinstance(states, dict) or not all(_number(count) for count in states.values()):
+            raise UserError(f"{where} has counts of labels that are none")
+    return tuple(_shard(entry, folder, where) for entry in entries)
+
+
+def _shard(entry: Any, folder: str, where: str) -> Shard:
+    try:
+        name, split, samples, size, sha256 = (entry[key] for key in ("name", "split", "samples", "bytes", "sha256"))
+    except (TypeError, KeyError):
+        raise UserError(f"{where} has an entry without name, split, samples, bytes and sha256") from None
+    if not isinstance(name, str) or "/" in name or name.startswith("."):
+        raise UserError(f"{where} names a shard outside of its folder")
+    if split not in SPLITS or not _number(samples) or samples > MAX_SAMPLES or not _number(size):
+        raise UserError(f"{where} has impossible numbers, or a split that is none of {', '.join(SPLITS)}")
+    return Shard(remote.join(folder, name), split, samples, size, str(sha256))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
 
 
 def _counted(url: str) -> Shard:
@@ -143,9 +169,10 @@ def _counted(url: str) -> Shard:
     shard = Shard(url, _split_of(url), 0, 0, "")
     try:
         path = shard.local()
-        return Shard(url, shard.split, len(scan(path).entries), path.stat().st_size, "")
+        with path.open("rb") as file:
+            return Shard(url, shard.split, len(scan(file).entries), path.stat().st_size, "")
     except OSError as error:
-        raise UserError(f"shards: cannot read {url}: {error.strerror or error}") from None
+        raise UserError(f"shards: cannot read {remote.shown(url)}: {error.strerror or error}") from None
 
 
 def _split_of(url: str) -> str:

@@ -123,8 +123,6 @@ class SourceOrder:
         def make() -> Array:
             first = self.total * lane // self.lanes
             order = np.arange(first + self.borders[number], first + self.borders[number + 1])
-            if not self.window:
-                return order
             chance = random_state("window", self.name, self.seed, epoch, lane, number)
             return chance.choice(order, len(order)) if self.replacement else chance.permutation(order)
 
@@ -133,8 +131,11 @@ class SourceOrder:
     def place(self, lane: int, index: int) -> Place:
         """The `index`-th sample of a lane since the run began: going there costs a window, not the way."""
         epoch, offset = divmod(index, self.per_lane)
-        number = bisect_right(self.borders, offset) - 1
-        at = int(self.window_of(epoch, lane, number)[offset - self.borders[number]])
+        if self.window:
+            number = bisect_right(self.borders, offset) - 1
+            at = int(self.window_of(epoch, lane, number)[offset - self.borders[number]])
+        else:
+            at = self.total * lane // self.lanes + offset
         shards, ends = self.layout(epoch)
         turn = int(np.searchsorted(ends, at, side="right"))
         shard = int(shards[turn])
@@ -179,16 +180,14 @@ class Mixture:
         fractions = np.maximum(shares - self.whole, 0)
         self.ends = np.cumsum(fractions) / fractions.sum() if self.left else None
         self.seed = seed
-        self._blocks = _Recent(1024)
+        self._blocks = _Recent(256)
+        self._totals: dict[int, list[Array]] = {}
 
     def _lots(self, lane: int, block: int) -> Array:
         """For each step of a block how many of the rows left over went to each source before it; one step more."""
 
         def make() -> Array:
-            assert self.ends is not None
-            chance = random_state("mixture", self.seed, lane, block)
-            lots = np.searchsorted(self.ends, chance.random_sample((self._BLOCK, self.left)), side="right")
-            drawn = (lots[:, :, None] == np.arange(len(self.whole))).sum(1)
+            drawn = (self._drawn(lane, block)[:, :, None] == np.arange(len(self.whole))).sum(1)
             return np.concatenate([np.zeros((1, len(self.whole)), np.int64), np.cumsum(drawn, 0)])
 
         return self._blocks.get((lane, block), make)
@@ -198,10 +197,22 @@ class Mixture:
         counts: Array = self.whole * step
         if self.left:
             block, rest = divmod(step, self._BLOCK)
-            counts = counts + self._lots(lane, block)[rest]
-            for earlier in range(block):
-                counts = counts + self._lots(lane, earlier)[-1]
+            counts = counts + self._until(lane, block) + self._lots(lane, block)[rest]
         return counts
+
+    def _until(self, lane: int, block: int) -> Array:
+        """Rows left over that each source had in the blocks before one; worked out once for each."""
+        totals = self._totals.setdefault(lane, [np.zeros(len(self.whole), np.int64)])
+        while len(totals) <= block:
+            drawn = np.bincount(self._drawn(lane, len(totals) - 1).ravel(), minlength=len(self.whole))
+            totals.append(totals[-1] + drawn)
+        return totals[block]
+
+    def _drawn(self, lane: int, block: int) -> Array:
+        """The source of each row left over, [_BLOCK, left]."""
+        assert self.ends is not None
+        chance = random_state("mixture", self.seed, lane, block)
+        return np.searchsorted(self.ends, chance.random_sample((self._BLOCK, self.left)), side="right")
 
 
 class Plan:

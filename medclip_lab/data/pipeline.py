@@ -32,7 +32,16 @@ from medclip_lab.errors import UserError
 
 Batch = dict[str, Any]
 MAX_OPEN = 512
-"""Files that a loader process holds open, at most."""
+
+
+def open_files() -> int:
+    """Shards that a loader process holds open, at most: half of what the system lets it."""
+    try:
+        from resource import RLIMIT_NOFILE, getrlimit
+    except ImportError:  # Windows
+        return MAX_OPEN
+    soft, _ = getrlimit(RLIMIT_NOFILE)
+    return MAX_OPEN if soft < 0 else min(MAX_OPEN, soft // 2)
 
 
 @dataclass
@@ -54,7 +63,7 @@ class SourceConfig:
     """Draw studies anew for each place of a window, so that some come twice in an epoch and some not at all."""
 
     def __post_init__(self) -> None:
-        if self.weight <= 0 or not 0 <= self.balance <= 1:
+        if not 0 < self.weight < math.inf or not 0 <= self.balance <= 1:
             raise ValueError(f"weight must be positive and balance in [0, 1], got {self.weight} and {self.balance}")
 
 
@@ -115,7 +124,7 @@ def steps_per_epoch(config: DataConfig) -> int:
             f"data.sources.{name}: too few studies in split {config.sources[name].split!r} to fill a batch of "
             f"{config.batch_size}: lower data.batch_size"
         )
-    return int(1 / epochs[name])
+    return int(1 / epochs[name] + 1e-9)
 
 
 def steps_once(config: DataConfig, world_size: int) -> int:
@@ -229,7 +238,7 @@ class BatchStream(IterableDataset[Batch]):
         """As many as the windows of this rank's lanes meet, and those of the next."""
         order, lanes = self.plan.orders[name], self.plan.lanes_of(self.rank, self.world_size)
         met = sum(len(order.shards_of(0, lane, 0)) + 1 for lane in lanes)
-        return min(max(2 * met, 16), MAX_OPEN)
+        return min(max(2 * met, 16), max(open_files() // len(self.shards), 2))
 
     def batch(self, rows: list[Row], step: int, readers: dict[str, Reader]) -> Batch:
         """Read, decode, augment and tokenize the rows of a step that are this rank's."""
@@ -238,7 +247,7 @@ class BatchStream(IterableDataset[Batch]):
         texts, text_labels, text_ids = [], [], []  # of each text its views
         for row in rows:
             chance = random.Random(f"row {self.seed} {step} {row.number}")
-            for study in self._studies(row, readers):
+            for study in self._studies(row, step, readers):
                 if not study.images:
                     break
                 seed = chance.getrandbits(63)
@@ -276,18 +285,19 @@ class BatchStream(IterableDataset[Batch]):
             batch["text_labels"] = torch.tensor(text_labels)
         return batch
 
-    def _studies(self, row: Row, readers: dict[str, Reader]) -> Iterator[Study]:
+    def _studies(self, row: Row, step: int, readers: dict[str, Reader]) -> Iterator[Study]:
         """The study of a row; in training then those that stand in for it, one after the other, if it is bad."""
         shards, quarantine = self.shards[row.source], self.quarantines[row.source]
         quarantine.seen += 1
         unreadable: set[int] = set()
-        for place in _onwards(row.place, shards) if self.training else [row.place]:
+        chance = random.Random(f"stand-in {self.seed} {step} {row.number}")
+        for place in _onwards(row.place, shards, chance) if self.training else [row.place]:
             if place.shard in unreadable:
                 continue
             try:
                 yield readers[row.source].study(*place)
             except BadSampleError as error:
-                quarantine.add(shards[place.shard].name, error.key, *error.fault)
+                quarantine.add(shards[place.shard].name, error.key, *error.fault, number=place.sample)
                 if error.fault.cause == "unreadable shard":
                     unreadable.add(place.shard)
 
@@ -300,7 +310,7 @@ class BatchStream(IterableDataset[Batch]):
             try:
                 return self.preprocess(decode_image(data, suffix, at_least=at_least), box)
             except DecodeError as error:
-                quarantine.add(study.shard, study.key, "unreadable image", str(error))
+                quarantine.add(study.shard, study.key, "unreadable image", str(error), number=study.number)
         return None
 
     def _vector(self, labels: dict[str, int | None]) -> list[float]:
@@ -308,13 +318,21 @@ class BatchStream(IterableDataset[Batch]):
         return [math.nan if value is None else float(value) for value in values]
 
 
-def _onwards(place: Place, shards: Sequence[Shard]) -> Iterator[Place]:
-    """A place and all others: round the rest of its shard first, then the shards that follow."""
+def _onwards(place: Place, shards: Sequence[Shard], chance: random.Random) -> Iterator[Place]:
+    """A place and all others: first those of its shard, then those of the shards that follow, in an order of its own.
+
+    In one order for all rows, whatever follows a gap would stand in for all of it.
+    """
     for turn in range(len(shards)):
         shard = (place.shard + turn) % len(shards)
         many = shards[shard].samples
-        first = place.sample if turn == 0 else 0
-        yield from (Place(shard, (first + number) % many) for number in range(many))
+        if not many:
+            continue
+        first = place.sample if turn == 0 else chance.randrange(many)
+        stride = chance.randrange(1, many + 1)
+        while math.gcd(stride, many) > 1:  # else it would not meet all
+            stride = chance.randrange(1, many + 1)
+        yield from (Place(shard, (first + number * stride) % many) for number in range(many))
 
 
 def rarity_of(manifest: Manifest, balance: float) -> Rarity:
@@ -323,7 +341,7 @@ def rarity_of(manifest: Manifest, balance: float) -> Rarity:
         (name, int(state)): count
         for name, states in manifest.facts.get("labels", {}).items()
         for state, count in states.items()
-        if state != "null"
+        if state != "null" and count
     }
     commonest = max(counts.values(), default=1)
     return {item: (commonest / count) ** balance for item, count in counts.items()}

@@ -30,17 +30,20 @@ class Quarantine:
         self.share = 1.0
         self.seen = 0
         self.causes: Counter[str] = Counter()
-        self._listed: set[tuple[str, str, str]] = set()
+        self._listed: set[tuple[str, str | int, str]] = set()
 
-    def add(self, shard: str, key: str, cause: str, reason: str, count: int = 1) -> None:
+    def add(self, shard: str, key: str, cause: str, reason: str, number: int | None = None) -> None:
         """Count and list a bad sample, once however often it is read.
+
+        Args:
+            number: its place in the shard: keys are what the shard says, and may repeat.
 
         Raises:
             UserError: the ceiling is passed.
         """
-        if not self.note(shard, key, cause, reason):
+        if not self.note(shard, key, cause, reason, number):
             return
-        self.causes[cause] += count
+        self.causes[cause] += 1
         bad = sum(self.causes.values())
         met = min(self.total, max(self.share * self.total, self.seen))
         allowed = self.ceiling * met
@@ -55,11 +58,12 @@ class Quarantine:
                 f"{self.ceiling:.1%}{where}: mend the data or raise max_bad"
             )
 
-    def note(self, shard: str, key: str, cause: str, reason: str) -> bool:
+    def note(self, shard: str, key: str, cause: str, reason: str, number: int | None = None) -> bool:
         """List without counting; False if it was listed before."""
-        if (shard, key, cause) in self._listed:
+        sample = (shard, key if number is None else number, cause)
+        if sample in self._listed:
             return False
-        self._listed.add((shard, key, cause))
+        self._listed.add(sample)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:

@@ -4,17 +4,20 @@ Nothing in a shard is executed and nothing is written: members are read by the i
 study's record says is looked at before anyone uses it.
 """
 
+import errno
 import json
 import re
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from medclip_lab.data.index import Entry, Fault, ShardIndex, labels_of, read_index, scan
 from medclip_lab.data.manifest import Manifest, Shard
 from medclip_lab.data.quarantine import Quarantine
+from medclip_lab.data.remote import is_remote
 from medclip_lab.data.sample import IMAGE_SUFFIXES
 
 
@@ -25,6 +28,8 @@ class Study:
     key: str
     shard: str
     """Name of the shard, for lists of what is wrong."""
+    number: int = field(compare=False)
+    """Its place in the shard."""
     record: dict[str, Any]
     """What stands in its JSON."""
     images: list[tuple[str, bytes]]
@@ -37,6 +42,11 @@ class BadSampleError(ValueError):
     def __init__(self, key: str, fault: Fault) -> None:
         super().__init__(fault.reason)
         self.key, self.fault = key, fault
+
+
+OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+ATTEMPTS = 5
+"""To open a copy that was fetched: another process may need its place in the cache meanwhile."""
 
 
 class Reader:
@@ -67,10 +77,12 @@ class Reader:
                 raise BadSampleError(entry.key, entry.fault)
             members = dict(_members(file, entry))
         except OSError as error:
+            if error.errno in OUT_OF_RESOURCES:
+                raise  # this machine's trouble, not the shard's
             reason = error.strerror or str(error) or type(error).__name__
             raise BadSampleError(unknown, Fault("unreadable shard", reason)) from None
         try:
-            return Study(entry.key, name, _record(entry.key, members), _images(members))
+            return Study(entry.key, name, number, _record(entry.key, members), _images(members))
         except (ValueError, RecursionError) as error:
             raise BadSampleError(entry.key, Fault("bad metadata", str(error)[:200])) from None
 
@@ -84,21 +96,39 @@ class Reader:
     def _get(self, shard: int) -> tuple[BinaryIO, ShardIndex]:
         if shard not in self._open:
             facts = self.shards[shard]
-            path = facts.local()
-            index = (read_index(path, facts.sha256) if facts.sha256 else None) or scan(path)
+            while len(self._open) >= self.limit:
+                self._open.popitem(last=False)[1][0].close()
+            file, path = _opened(facts)
+            index = (read_index(path, facts.sha256) if facts.sha256 else None) or scan(file)
             for fault in index.faults:
                 # What a shard that breaks off lacks is counted sample by sample.
                 tell = self.quarantine.note if fault.cause == "unreadable shard" else self.quarantine.add
                 tell(facts.name, "", *fault)
-            while len(self._open) >= self.limit:
-                self._open.popitem(last=False)[1][0].close()
-            self._open[shard] = path.open("rb"), index
+            self._open[shard] = file, index
         self._open.move_to_end(shard)
         return self._open[shard]
+
+    def count(self, shard: int) -> int:
+        """How many samples a shard holds, usable or not; 0 if it cannot be opened."""
+        try:
+            return len(self._get(shard)[1].entries)
+        except OSError:
+            return 0
 
     def close(self) -> None:
         while self._open:
             self._open.popitem()[1][0].close()
+
+
+def _opened(shard: Shard) -> tuple[BinaryIO, Path]:
+    for attempt in range(ATTEMPTS):
+        path = shard.local()
+        try:
+            return path.open("rb"), path
+        except FileNotFoundError:
+            if attempt == ATTEMPTS - 1 or not is_remote(shard.url):
+                raise
+    raise AssertionError("never")
 
 
 def _members(file: BinaryIO, entry: Entry) -> Iterator[tuple[str, bytes]]:
@@ -123,6 +153,11 @@ def _record(key: str, members: dict[str, bytes]) -> dict[str, Any]:
         record.setdefault("patient_id", key)
     if not all(isinstance(record.get(name), str) for name in ("study_id", "patient_id")):
         raise ValueError("no study_id and patient_id")
+    for name in ("study_id", "patient_id", "text"):
+        str(record.get(name) or "").encode()  # half a surrogate pair is text to JSON and to nobody else
+    views = record.get("view") or []
+    if not isinstance(views, list) or not all(isinstance(view, str | None) for view in views):
+        raise ValueError("views that are no list of names")
     if not isinstance(record.get("text") or "", str) or not _labelled(record.get("labels") or {}, None):
         raise ValueError("a text that is no text, or labels that are none of 1, 0, -1, null")
     sentences = record.get("sentences") or []
@@ -160,7 +195,7 @@ def read_shard(shard: Shard, quarantine: Quarantine) -> Iterator[Study]:
             try:
                 yield reader.study(0, number)
             except BadSampleError as error:
-                quarantine.add(shard.name, error.key, *error.fault)
+                quarantine.add(shard.name, error.key, *error.fault, number=number)
     finally:
         reader.close()
 

@@ -27,6 +27,7 @@ ATTEMPTS = 6
 """In a row without a single byte; whatever arrives is kept."""
 FIRST_PAUSE = 0.5  # seconds; twice as long after each failure
 TIMEOUT = 60.0  # seconds without a byte
+STALE = 24 * 3600.0  # seconds
 MAX_MANIFEST_BYTES = 2**30
 REFUSALS = (401, 403, 404, 410)
 """HTTP answers that another attempt will not change."""
@@ -38,14 +39,27 @@ class FetchError(OSError):
     """What lies elsewhere could not be read; the message names no file."""
 
 
+class MissingError(FetchError):
+    """It is not there, as whoever has it says; anything else may pass."""
+
+
 def is_remote(url: str) -> bool:
     """Whether this is no path of this machine."""
     return "://" in url and not url.startswith("file://")
 
 
 def is_pattern(url: str) -> bool:
-    """Whether braces or wildcards name several."""
-    return any(sign in url for sign in "*?[{")
+    """Whether braces or wildcards name several. In a URL a question mark begins the query."""
+    return any(sign in url for sign in ("*[{" if is_remote(url) else "*?[{"))
+
+
+def shown(url: str) -> str:
+    """A path or URL for messages and lists: without password and query, which may be a key to it."""
+    if not is_remote(url):
+        return url
+    kind, _, rest = url.partition("://")
+    host, slash, path = rest.partition("?")[0].partition("/")
+    return f"{kind}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def join(folder: str, name: str) -> str:
@@ -54,17 +68,31 @@ def join(folder: str, name: str) -> str:
 
 
 def expand(pattern: str) -> list[str]:
-    """The paths or URLs that a pattern with braces and wildcards names, each once, in order."""
+    """The paths or URLs that a pattern with braces and wildcards names, each once, in order.
+
+    Raises:
+        UserError: braces that do not match, or a server that cannot be asked.
+    """
     found: dict[str, None] = {}
-    for url in braceexpand(pattern) if "{" in pattern else [pattern]:
-        if not any(sign in url for sign in "*?["):
-            found[url] = None
-        elif is_remote(url):
-            system, path = _open(url)
-            found |= dict.fromkeys(sorted(system.unstrip_protocol(match) for match in system.glob(path)))
-        else:
-            found |= dict.fromkeys(sorted(glob.glob(str(Path(url).expanduser()))))  # noqa: PTH207 - of any root
+    try:
+        urls = list(braceexpand(pattern)) if "{" in pattern else [pattern]
+    except ValueError:
+        raise UserError(f"shards: braces that do not match in {shown(pattern)!r}") from None
+    for url in urls:
+        if is_remote(url):
+            found |= dict.fromkeys(_matches(url) if is_pattern(url) else [url])
+            continue
+        path = str(Path(url).expanduser())
+        found |= dict.fromkeys(sorted(glob.glob(path)) if is_pattern(path) else [path])  # noqa: PTH207 - of any root
     return list(found)
+
+
+def _matches(url: str) -> list[str]:
+    system, path = _open(url)
+    try:
+        return sorted(system.unstrip_protocol(match) for match in _patiently(partial(system.glob, path)))
+    except FetchError as error:
+        raise UserError(f"shards: cannot list {shown(url)}: {error}") from None
 
 
 def read_bytes(url: str) -> bytes:
@@ -91,7 +119,11 @@ def fetch(url: str, size: int | None = None, expected: str = "") -> Path:
         FetchError: it cannot be read after several attempts, or is not what it should be.
     """
     folder = Path(os.environ.get("MEDCLIP_LAB_CACHE") or "~/.cache/medclip_lab").expanduser() / "shards"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (folder / "room.lock").touch()
+    except OSError as error:
+        raise UserError(f"MEDCLIP_LAB_CACHE: cannot write to {folder}: {error.strerror}") from None
     copy = folder / f"{hashlib.sha256(f'{url} {expected}'.encode()).hexdigest()[:32]}.tar"
     # Other processes of this machine that want the same wait for the one that came first.
     with FileLock(copy.with_suffix(".lock")):
@@ -135,8 +167,10 @@ def _patiently(read: Callable[[], Any]) -> Any:
         except Exception as error:  # each file system has failures of its own
             # fsspec calls it not found too when a server did not answer, and tells why.
             cause = error.__cause__ or error
-            if isinstance(cause, FileNotFoundError | PermissionError) or getattr(cause, "status", 0) in REFUSALS:
-                raise FetchError("it is not there, or may not be read") from None
+            status = getattr(cause, "status", 0)
+            if isinstance(cause, FileNotFoundError | PermissionError) or status in REFUSALS:
+                kind = MissingError if isinstance(cause, FileNotFoundError) or status in (404, 410) else FetchError
+                raise kind("it is not there, or may not be read") from None
         if attempt < ATTEMPTS - 1:
             log.warning("reading failed (%s), attempt %d of %d", type(cause).__name__, attempt + 1, ATTEMPTS)
             time.sleep(FIRST_PAUSE * 2**attempt)
@@ -164,10 +198,25 @@ def _size(system: Any, path: str) -> int | None:
     return None if size is None else int(size)
 
 
+def _limit() -> float:
+    """Bytes of the cache."""
+    named = os.environ.get("MEDCLIP_LAB_CACHE_GIB") or "64"
+    try:
+        limit = float(named)
+    except ValueError:
+        limit = -1.0
+    if not 0 <= limit < 2**30:
+        raise UserError(f"MEDCLIP_LAB_CACHE_GIB: a number of GiB expected, got {named!r}")
+    return limit * 2**30
+
+
 def _make_room(folder: Path, keep: Path) -> None:
     """Remove what was not used for longest. Who has such a file open can go on reading it."""
-    limit = float(os.environ.get("MEDCLIP_LAB_CACHE_GIB") or 64) * 2**30
+    limit = _limit()
     with FileLock(folder / "room.lock"):
+        for left in folder.glob(".*.tmp"):  # of a download that was killed
+            if time.time() - left.stat().st_mtime > STALE:
+                left.unlink(missing_ok=True)
         found = []
         for path in folder.glob("*.tar"):
             try:

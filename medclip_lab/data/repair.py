@@ -12,7 +12,15 @@ from medclip_lab.data.manifest import Manifest, Shard
 from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.reader import Study
 from medclip_lab.data.sample import Sample
-from medclip_lab.data.writing import Written, named_disk_errors, start_folder, write_manifest, write_shard
+from medclip_lab.data.sources.base import Record
+from medclip_lab.data.writing import (
+    Written,
+    check_studies,
+    named_disk_errors,
+    start_folder,
+    write_manifest,
+    write_shard,
+)
 from medclip_lab.errors import UserError
 
 QUARANTINE = "quarantine.jsonl"
@@ -31,7 +39,8 @@ def repair(shards: str | Path, out: Path, decode: bool = True, command: str = ""
         The new manifest, with "left_out": how many samples and images, by cause.
 
     Raises:
-        UserError: no shards there, `out` is not empty, not one good sample, a full disk.
+        UserError: no shards there, `out` is not empty, not one good sample, a full disk; two samples of one study id,
+            or a patient in two splits: then there is no manifest.
     """
     manifest = Manifest.load(shards)
     out = out.expanduser()
@@ -44,23 +53,27 @@ def repair(shards: str | Path, out: Path, decode: bool = True, command: str = ""
     quarantine = Quarantine(sum(shard.samples for shard in manifest.shards), 1.0, out / QUARANTINE)
     causes: Counter[str] = Counter()
     written: list[Written] = []
+    kept: list[Record] = []
     for shard in progress.track(manifest.shards, "repair shards", len(manifest.shards)):
         findings: list[Finding] = []
-        made = write_shard(out / shard.name, shard.split, _samples(shard, decode, findings))
+        made = write_shard(out / shard.name, shard.split, _samples(shard, decode, findings, kept))
         if made is not None:
             written.append(made)
         for finding in findings:
             causes[finding.fault.cause] += 1
             quarantine.note(shard.name, finding.key, *finding.fault)
+    check_studies(kept)
     source = str(manifest.facts.get("source") or "shards")
     with named_disk_errors(out):
         return write_manifest(out, source, written, command=command, left_out=dict(causes.most_common()))
 
 
-def _samples(shard: Shard, decode: bool, findings: list[Finding]) -> Iterator[Sample]:
+def _samples(shard: Shard, decode: bool, findings: list[Finding], kept: list[Record]) -> Iterator[Sample]:
     for study, bad in studies_of(shard, decode, findings):
         if not study.images or len(bad) < len(study.images):
-            yield _sample(study, shard.split, bad)
+            sample = _sample(study, shard.split, bad)
+            kept.append(Record(study_id=sample.study_id, patient_id=sample.patient_id, split=sample.split))
+            yield sample
 
 
 def _sample(study: Study, split: str, without: set[int]) -> Sample:

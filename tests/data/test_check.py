@@ -69,3 +69,12 @@ def test_the_table_for_people(manifest: Manifest, capsys: pytest.CaptureFixture[
     assert "60 samples, 59 good" in text
     assert "1  unreadable image" in text
     assert main(["shards", "check", manifest.folder, "--out", manifest.folder]) == 2
+
+
+def test_samples_that_the_manifest_does_not_count(manifest: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(manifest.folder) / "manifest.json"
+    facts = json.loads(path.read_text())
+    facts["shards"][0]["samples"] -= 3
+    path.write_text(json.dumps(facts))
+    code, result = check(capsys, manifest.folder, "--no-decode")
+    assert (code, result["causes"]) == (1, {"wrong count": 1})

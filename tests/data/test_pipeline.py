@@ -10,7 +10,15 @@ from torch import Tensor
 
 from medclip_lab.data.augment import AugmentConfig
 from medclip_lab.data.manifest import Manifest
-from medclip_lab.data.pipeline import BatchStream, DataConfig, SourceConfig, loader, steps_once, steps_per_epoch
+from medclip_lab.data.pipeline import (
+    BatchStream,
+    DataConfig,
+    SourceConfig,
+    loader,
+    open_files,
+    steps_once,
+    steps_per_epoch,
+)
 from medclip_lab.data.preprocess import PreprocessConfig
 from medclip_lab.data.sample import Sample
 from medclip_lab.data.shards import write_shards
@@ -332,3 +340,30 @@ def test_config_refuses(toy_shards: Manifest) -> None:
         stream(config(toy_shards.folder), world_size=64)
     with pytest.raises(UserError, match=r"data\.sources\.toy: 90 samples do not fill 256 lanes: lower data\.lanes"):
         stream(config(toy_shards.folder, batch_size=256, lanes=256))
+
+
+def test_no_study_stands_in_for_many(tmp_path: Path) -> None:
+    """Half a shard is gone: its rows are spread over what is left, not all given to what follows the gap."""
+    samples = [sample for sample in toy_samples(700) if sample.split == "train"][:400]
+    manifest = write_shards(samples, tmp_path / "s", "toy", 40)
+    path = Path(manifest.of_split("train")[3].url)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    data = config(tmp_path / "s", batch_size=8, max_bad=1.0)
+    seen = Counter(study for batch in stream(data, steps=50) for study in batch["image_id"])
+    assert sum(seen.values()) == 400
+    lost = 400 - len(seen)
+    assert 15 < lost < 25
+    assert max(seen.values()) <= 6
+
+
+def test_whole_epochs_are_whole(tmp_path: Path) -> None:
+    write_shards(texts_only(186), tmp_path, "t", 100)
+    assert steps_per_epoch(config(tmp_path, batch_size=2)) == 93
+
+
+def test_a_process_opens_no_more_files_than_the_system_lets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
+    assert open_files() == 128
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (-1, -1))
+    assert open_files() == 512

@@ -199,12 +199,14 @@ def test_what_was_left_out_comes_back_when_it_is_not_to_be_left_out(
 
 
 SCRIPT = """
+import signal
 import sys
 from medclip_lab.cli import main
 from medclip_lab.data.sources import SOURCES
 
 SOURCES["toy"] = "tests.data.toy_source:Toy"
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     sys.exit(main(sys.argv[1:]))
 """
 COMMAND = (

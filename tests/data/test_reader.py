@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from medclip_lab.data import index as indices
-from medclip_lab.data.index import index_path, read_index, scan, write_index
+from medclip_lab.data.index import ShardIndex, index_path, read_index, scan, write_index
 from medclip_lab.data.manifest import Manifest, Shard
 from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.reader import BadSampleError, Reader, Study, labels_in, read_shard
 from medclip_lab.data.shards import write_shards
+from medclip_lab.errors import UserError
 
 from ..conftest import toy_samples
 
@@ -36,6 +37,11 @@ def tar(path: Path, members: list[tuple[Any, bytes]], form: int = tarfile.USTAR_
 
 def read(shard: Shard, quarantine: Quarantine | None = None) -> list[Study]:
     return list(read_shard(shard, quarantine or Quarantine(10, 1.0)))
+
+
+def scanned(path: Path) -> ShardIndex:
+    with path.open("rb") as file:
+        return scan(file)
 
 
 def typed(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
@@ -64,10 +70,10 @@ def test_samples_come_by_number_with_few_files_open(tmp_path: Path) -> None:
 
 def test_an_index_says_what_headers_say(tmp_path: Path) -> None:
     shard = write_shards(toy_samples(12), tmp_path, "t", 100).of_split("train")[0]
-    index, scanned = read_index(Path(shard.url), shard.sha256), scan(Path(shard.url))
+    index, headers = read_index(Path(shard.url), shard.sha256), scanned(Path(shard.url))
     assert index is not None
     assert [(entry.key, [member[:3] for member in entry.members]) for entry in index.entries] == [
-        (entry.key, [member[:3] for member in entry.members]) for entry in scanned.entries
+        (entry.key, [member[:3] for member in entry.members]) for entry in headers.entries
     ]
     states = labels_in(shard, Quarantine(10))
     index_path(Path(shard.url)).unlink()
@@ -84,6 +90,11 @@ def test_an_index_says_what_headers_say(tmp_path: Path) -> None:
         lambda value: value | {"samples": [["a", [["json", 0, 2**40, 0]], {}]]},
         lambda value: value | {"samples": [["a", [["json", 0, 10]], {}]]},
         lambda value: value | {"samples": [["a", 5, {}]]},
+        lambda value: value | {"samples": [["a", [["json", float("inf"), 10, 0]], {}]]},
+        lambda value: value | {"samples": [["a", [["json", 10**30, 10, 0]], {}]]},
+        lambda value: value | {"samples": [["a", [["png", 512, 900, 0], ["1.png", 512, 900, 0]], {}]]},
+        lambda value: value | {"samples": [["a", [["json", 512, 10, 0]], None]]},
+        lambda value: value | {"samples": [["\x1b[2J", [["json", 512, 10, 0]], {}]]},
         lambda value: {},
         lambda value: [],
     ],
@@ -114,6 +125,8 @@ def test_shards_of_other_tools_are_read(tmp_path: Path) -> None:
         b"[" * 100_000,
         b'{"study_id": "s"}',
         b'{"study_id": 1, "patient_id": "p"}',
+        b'{"study_id": "s", "patient_id": "\\ud800"}',
+        b'{"study_id": "s", "patient_id": "p", "view": 5}',
         b'{"study_id": "s", "patient_id": "p", "text": 7}',
         b'{"study_id": "s", "patient_id": "p", "labels": {"Edema": 2}}',
         b'{"study_id": "s", "patient_id": "p", "labels": {"Edema": true}}',
@@ -149,7 +162,7 @@ def test_whatever_happens_to_two_hundred_shards_the_intact_samples_come_and_the_
 ) -> None:
     shard = write_shards(toy_samples(20), tmp_path, "t", 20).of_split("train")[0]
     path = Path(shard.url)
-    whole, expected, index = path.read_bytes(), {study.key: study for study in read(shard)}, scan(path)
+    whole, expected, index = path.read_bytes(), {study.key: study for study in read(shard)}, scanned(path)
     if not indexed:
         index_path(path).unlink()
     chance = random.Random(5)
@@ -304,7 +317,7 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
 def test_too_many_samples_are_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(indices, "MAX_SAMPLES", 3)
     tar(tmp_path / "x.tar", [(f"{number}.json", RECORD) for number in range(5)])
-    found = scan(tmp_path / "x.tar")
+    found = scanned(tmp_path / "x.tar")
     assert len(found.entries) == 3
     assert found.faults == (("unreadable shard", "more than 3 samples"),)
 
@@ -325,3 +338,33 @@ def test_writing_an_index_again_changes_nothing(tmp_path: Path) -> None:
     assert index is not None
     write_index(Path(shard.url), shard.sha256, index.entries)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("size", [-1, -5, -512, -1024, -(10**6)])
+def test_members_of_negative_size_end_the_reading(tmp_path: Path, size: int) -> None:
+    """Python's own reader goes backwards on them, and round for ever."""
+    info = tarfile.TarInfo("z.png")
+    info.size = size
+    good = header("ok.json", len(RECORD)) + RECORD.ljust(512, b"\0")
+    path = tmp_path / "x.tar"
+    path.write_bytes(good + info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    index = scanned(path)
+    assert [entry.key for entry in index.entries] == ["ok"]
+    assert index.faults == (("unreadable shard", "ReadError"),)
+    assert [study.key for study in read(Shard(str(path), "train", 1, 0, ""))] == ["ok"]
+
+
+def test_a_study_of_many_large_images_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indices, "MAX_STUDY_BYTES", 1000)
+    images = [(f"a.{number}.png", b"1" * 300) for number in range(4)]
+    shard = tar(tmp_path / "x.tar", [("a.json", RECORD), *images, ("b.json", RECORD)])
+    quarantine = Quarantine(10, 1.0)
+    assert [study.key for study in read(shard, quarantine)] == ["b"]
+    assert quarantine.causes == {"study too large": 1}
+
+
+def test_repeated_keys_do_not_hide_bad_samples(tmp_path: Path) -> None:
+    """Keys are what the shard says; the ceiling counts samples."""
+    shard = tar(tmp_path / "x.tar", [(f"{'ab'[number % 2]}.json", b"{") for number in range(40)])
+    with pytest.raises(UserError, match="more than the ceiling"):
+        list(read_shard(Shard(shard.url, "train", 40, 0, ""), Quarantine(40, 0.1)))

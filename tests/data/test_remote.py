@@ -2,9 +2,11 @@
 
 import hashlib
 import http.server
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from medclip_lab.data import remote
-from medclip_lab.data.manifest import Manifest
+from medclip_lab.data.manifest import Manifest, Shard
 from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.reader import read_split
 from medclip_lab.data.shards import write_shards
@@ -34,6 +36,7 @@ class Flaky(http.server.SimpleHTTPRequestHandler):
 
     trouble = True
     ranges = True
+    status = 0
     served = 0
 
     def do_HEAD(self) -> None:
@@ -43,6 +46,9 @@ class Flaky(http.server.SimpleHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, body: bool) -> None:
+        if self.status:
+            self.send_error(self.status)
+            return
         path = Path(self.translate_path(self.path))
         if not path.is_file():
             self.send_error(404)
@@ -217,3 +223,51 @@ def test_an_object_store(s3: Any, shards: Path, cache: Path) -> None:
     assert oct(cache.stat().st_mode & 0o777) == "0o700"
     with pytest.raises(UserError, match=r"cannot read s3://hospital/none/manifest\.json: it is not there"):
         Manifest.load("s3://hospital/none")
+
+
+@pytest.mark.parametrize("status", [500, 503, 403])
+def test_a_server_in_trouble_is_no_folder_without_a_manifest(
+    serve: Callable[..., str], shards: Path, status: int
+) -> None:
+    """Else its held-out shards would be taken for training ones."""
+    with pytest.raises(UserError, match=r"cannot read http://.*/manifest\.json"):
+        Manifest.load(serve(shards, status=status) + "/{train,val}-00000.tar")
+
+
+def test_a_cache_that_is_too_small_loses_nothing(
+    serve: Callable[..., str], shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEDCLIP_LAB_CACHE_GIB", "0")
+    manifest = Manifest.load(serve(shards, trouble=False))
+    expected = keys(Manifest.load(shards))
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: keys(manifest), range(8))) == [expected] * 8
+
+
+@pytest.mark.parametrize("named", ["64GB", "-1", "nan", "1e400"])
+def test_a_cache_without_a_size_is_refused(
+    serve: Callable[..., str], shards: Path, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEDCLIP_LAB_CACHE_GIB", named)
+    with pytest.raises(UserError, match="MEDCLIP_LAB_CACHE_GIB: a number of GiB expected"):
+        Manifest.load(serve(shards, trouble=False)).shards[0].local()
+
+
+def test_what_killed_downloads_left_goes(cache: Path) -> None:
+    cache.mkdir(parents=True)
+    old, new = cache / ".a.tar.0.tmp", cache / ".b.tar.0.tmp"
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (0, 0))
+    remote._make_room(cache, new)
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_keys_to_a_server_are_not_shown() -> None:
+    url = "https://user:secret@host/a/train-0.tar?X-Amz-Signature=secret"
+    assert remote.shown(url) == "https://host/a/train-0.tar"
+    assert Shard(url, "train", 1, 0, "").name == "train-0.tar"
+    assert not remote.is_pattern("https://host/shards?sig=abc")
+    with pytest.raises(UserError, match="braces that do not match"):
+        Manifest.load("shards/{a,b-*.tar")

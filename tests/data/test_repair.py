@@ -89,3 +89,23 @@ def test_it_refuses(tmp_path: Path) -> None:
         Path(shard.url).write_bytes(b"")
     with pytest.raises(UserError, match="not one usable study"):
         repair(manifest.folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (("train-0.tar", "s1", "p1"), "1 of 2 studies have the id of another"),
+        (("val-0.tar", "s2", "p1"), "1 of 1 patients stand in several splits"),
+    ],
+)
+def test_what_would_leak_or_be_lost_is_refused(tmp_path: Path, members: tuple[str, str, str], message: str) -> None:
+    name, study, patient = members
+    for file, ids in ((f"0{name}", (study, patient)), ("train-1.tar", ("s1", "p1"))):
+        record = json.dumps({"study_id": ids[0], "patient_id": ids[1], "text": "Normal."}).encode()
+        with tarfile.open(tmp_path / file.removeprefix("0"), "w") as tar:
+            info = tarfile.TarInfo("a.json")
+            info.size = len(record)
+            tar.addfile(info, io.BytesIO(record))
+    with pytest.raises(UserError, match=message):
+        repair(f"{tmp_path}/*.tar", tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()

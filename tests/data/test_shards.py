@@ -206,3 +206,38 @@ def test_quarantine_counts_a_sample_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("identifier", ["_scan1", "__", "-_a", "Größe"])
 def test_keys_never_start_as_unsafe_members_do(identifier: str) -> None:
     assert make_key(identifier)[0] not in "_-"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": 5},
+        {"shards": ["a"]},
+        {"shards": [{"name": "train-00000.tar"}]},
+        {"samples": "5"},
+        {"samples": -5},
+        {"samples": 10**30},
+        {"samples": True},
+        {"bytes": None},
+        {"split": [1]},
+        {"split": "holdout"},
+        {"name": 7},
+        {"labels": []},
+        {"labels": {"Edema": {"1": "many"}}},
+    ],
+)
+def test_a_manifest_that_makes_no_sense_is_one_line(tmp_path: Path, change: dict[str, Any]) -> None:
+    write_shards(toy_samples(20), tmp_path, "toy", 4)
+    facts = json.loads((tmp_path / "manifest.json").read_text())
+    if change.keys() <= {"shards", "labels"}:
+        facts |= change
+    else:
+        facts["shards"][0] |= change
+    (tmp_path / "manifest.json").write_text(json.dumps(facts))
+    for named in (tmp_path, f"{tmp_path}/*.tar"):
+        with pytest.raises(UserError, match=r"^shards: the manifest of ") as error:
+            Manifest.load(named)
+        assert "\n" not in str(error.value)
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="cannot read"):
+        Manifest.load(tmp_path)

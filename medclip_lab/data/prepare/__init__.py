@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from medclip_lab import progress
-from medclip_lab.data.manifest import Manifest
 from medclip_lab.data.prepare.duplicates import Known, count_duplicates, in_precedence, repeated_studies
 from medclip_lab.data.prepare.executors import EXECUTORS, outcomes
 from medclip_lab.data.prepare.job import IN_PROGRESS, Fault, Job, Outcome, records_digest
@@ -153,7 +152,8 @@ def _prepared_before(out: Path, request: str) -> dict[str, Any] | None:
     recorded = read_json(out / MANIFEST, "shards")
     if recorded.get("request") != request:
         raise UserError(f"out: {out} holds other shards: choose another folder, or remove it")
-    Manifest.load(out)  # every shard is there
+    if any(not (out / str(shard["name"])).is_file() for shard in recorded["shards"]):
+        return None  # one was removed since: all are made again
     shutil.rmtree(out / IN_PROGRESS, ignore_errors=True)  # left by who was killed right after writing the manifest
     return recorded
 

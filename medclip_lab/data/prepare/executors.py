@@ -54,6 +54,8 @@ def _in_processes(jobs: Sequence[Job], workers: int) -> Generator[Outcome]:
 
 def _submit(pool: ProcessPoolExecutor, job: Job) -> Future[Outcome]:
     """Submit with SIGINT blocked: a worker that starts now inherits that, so that Ctrl-C is left to this process."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return pool.submit(make_shard, job)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         return pool.submit(make_shard, job)
