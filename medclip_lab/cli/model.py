@@ -44,7 +44,8 @@ def add_train(verbs: Verbs) -> None:
 def _run_train(args: argparse.Namespace) -> None:
     from medclip_lab import config as configs
     from medclip_lab.distributed import launched_world
-    from medclip_lab.training.run import RunConfig, diary, train
+    from medclip_lab.files import read_json
+    from medclip_lab.training.run import DONE, RunConfig, diary, train
 
     if args.settings:
         configs.parser(RunConfig).print_help()
@@ -59,7 +60,12 @@ def _run_train(args: argparse.Namespace) -> None:
     if launched_world()[0] > 0:
         return  # one rank speaks
     last = [line for line in diary(run) if "loss" in line][-1]
-    say(args, {"run": str(run), **last}, f"{run}: step {last['step']}, loss {last['loss']:.4f}")
+    unusable = read_json(run / DONE, "run").get("unusable", {})
+    lines = [f"{run}: step {last['step']}, loss {last['loss']:.4f}"]
+    for source, causes in unusable.items():
+        told = ", ".join(f"{count} {cause}" for cause, count in causes.items())
+        lines.append(f"unusable samples of {source}: {told}, listed in {run / 'quarantine.jsonl'}")
+    say(args, {"run": str(run), **last, "unusable": unusable}, "\n".join(lines))
 
 
 def add_export(verbs: Verbs) -> None:

@@ -77,3 +77,15 @@ class Quarantine:
             return ""
         causes = ", ".join(f"{n} {cause}" for cause, n in self.causes.most_common())
         return f"{sum(self.causes.values())} of {self.total} samples unusable: {causes}"
+
+
+def listed(path: Path) -> dict[str, dict[str, int]]:
+    """Source -> cause -> bad samples in a list that several processes wrote to, each sample once."""
+    if not path.exists():
+        return {}
+    lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    samples = dict.fromkeys((line.get("source", ""), line["cause"], line["shard"], line["key"]) for line in lines)
+    counts: dict[str, Counter[str]] = {}
+    for source, cause, _, _ in samples:
+        counts.setdefault(source, Counter())[cause] += 1
+    return {source: dict(causes.most_common()) for source, causes in counts.items()}

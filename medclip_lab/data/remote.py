@@ -124,7 +124,8 @@ def fetch(url: str, size: int | None = None, expected: str = "") -> Path:
         (folder / "room.lock").touch()
     except OSError as error:
         raise UserError(f"MEDCLIP_LAB_CACHE: cannot write to {folder}: {error.strerror}") from None
-    copy = folder / f"{hashlib.sha256(f'{url} {expected}'.encode()).hexdigest()[:32]}.tar"
+    mark = expected or _patiently(partial(_stamp, *_open(url)))  # whoever knows no hash must not get yesterday's
+    copy = folder / f"{hashlib.sha256(f'{url} {mark}'.encode()).hexdigest()[:32]}.tar"
     # Other processes of this machine that want the same wait for the one that came first.
     with FileLock(copy.with_suffix(".lock")):
         if copy.exists():
@@ -208,6 +209,12 @@ def _limit() -> float:
     if not 0 <= limit < 2**30:
         raise UserError(f"MEDCLIP_LAB_CACHE_GIB: a number of GiB expected, got {named!r}")
     return limit * 2**30
+
+
+def _stamp(system: Any, path: str) -> str:
+    """What changes when a file does, as far as its server says."""
+    info = system.info(path)
+    return " ".join(str(info.get(name)) for name in ("ETag", "mtime", "LastModified", "size"))
 
 
 def _make_room(folder: Path, keep: Path) -> None:

@@ -20,7 +20,7 @@ from medclip_lab import distributed
 from medclip_lab.config import to_yaml
 from medclip_lab.data.manifest import Manifest
 from medclip_lab.data.pipeline import BatchStream, DataConfig, SourceConfig, loader, steps_once, steps_per_epoch
-from medclip_lab.data.quarantine import Quarantine
+from medclip_lab.data.quarantine import Quarantine, listed
 from medclip_lab.data.reader import read_split
 from medclip_lab.data.tokenizer import EOS_ID, FILES, Tokenizer, load_tokenizer, train_tokenizer
 from medclip_lab.errors import UserError
@@ -169,7 +169,8 @@ def train(config: RunConfig) -> Path:
         with atomic_file(out / WEIGHTS) as temporary:
             save_file(weights, temporary)
         seconds = round(time.monotonic() - begin, 1)
-        write_json(out / DONE, {"steps": steps, "resumed_at": start, "seconds": seconds, "world_size": world_size})
+        done = {"steps": steps, "resumed_at": start, "seconds": seconds, "world_size": world_size}
+        write_json(out / DONE, done | {"unusable": listed(quarantine_path)})
     return out
 
 

@@ -271,3 +271,15 @@ def test_keys_to_a_server_are_not_shown() -> None:
     assert not remote.is_pattern("https://host/shards?sig=abc")
     with pytest.raises(UserError, match="braces that do not match"):
         Manifest.load("shards/{a,b-*.tar")
+
+
+def test_a_shard_that_changed_is_fetched_again(serve: Callable[..., str], shards: Path, tmp_path: Path) -> None:
+    """Without a manifest there is no hash to tell it by."""
+    served = tmp_path / "served"
+    served.mkdir()
+    url = serve(served, trouble=False) + "/train-{00000..00000}.tar"
+    for many in (4, 9):
+        write_shards(list(toy_samples(20))[:many], tmp_path / str(many), "toy", 20)
+        shutil.copy(tmp_path / str(many) / "train-00000.tar", served)
+        expected = Manifest.load(tmp_path / str(many)).of_split("train")[0].samples
+        assert Manifest.load(url).shards[0].samples == expected

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from medclip_lab.cli import main
 from medclip_lab.data.manifest import Manifest
 from medclip_lab.data.order import Row
 from medclip_lab.data.pipeline import BatchStream
@@ -22,6 +23,8 @@ from medclip_lab.models.dual_encoder import build_spec
 from medclip_lab.training import run as runs
 from medclip_lab.training.optim import OptimConfig, lr_factor, parameter_groups
 from medclip_lab.training.run import RunConfig, TrainerConfig, diary, resolve_precision, train
+
+from ..conftest import toy_samples
 
 Config = Callable[..., RunConfig]
 
@@ -165,6 +168,20 @@ def test_shuffled_pairs_are_no_control_of_a_loss_on_labels(toy_config: Config, t
     settings = ["--loss.name=SoftTargetClipLoss", "--data.control=shuffled_pairs"]
     with pytest.raises(UserError, match="trains on labels and not on pairs"):
         train(toy_config(tmp_path / "run", *settings))
+
+
+def test_what_was_unusable_is_told_at_the_end(
+    toy_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By several loader processes, over several epochs: each sample once."""
+    samples = [sample for sample in toy_samples(120) if sample.split == "train"]
+    samples[4].images = [("png", b"no image")]
+    write_shards(samples, tmp_path / "s", "toy", 16)
+    settings = [f"--data.sources.toy.shards={tmp_path / 's'}", "--data.workers=2", "--trainer.steps=20"]
+    arguments = ["--config", str(toy_config.path), "--out", str(tmp_path / "run")]  # type: ignore[attr-defined]
+    assert main(["train", *arguments, *settings]) == 0
+    assert "unusable samples of toy: 1 unreadable image, listed in" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "done.json").read_text())["unusable"] == {"toy": {"unreadable image": 1}}
 
 
 def test_an_error_in_a_loader_process_is_one_line(toy_config: Config, tmp_path: Path) -> None:
