@@ -45,7 +45,7 @@ class BadSampleError(ValueError):
 
 
 OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-ATTEMPTS = 5
+ATTEMPTS = 20
 """To open a copy that was fetched: another process may need its place in the cache meanwhile."""
 
 

@@ -5,6 +5,7 @@ It holds copies of the data and is as private as they are. Nothing is read from 
 named.
 """
 
+import contextlib
 import glob
 import hashlib
 import logging
@@ -128,7 +129,7 @@ def fetch(url: str, size: int | None = None, expected: str = "") -> Path:
     copy = folder / f"{hashlib.sha256(f'{url} {mark}'.encode()).hexdigest()[:32]}.tar"
     # Other processes of this machine that want the same wait for the one that came first.
     with FileLock(copy.with_suffix(".lock")):
-        if copy.exists():
+        with contextlib.suppress(FileNotFoundError):  # others make room whenever they want
             os.utime(copy)
             return copy
         with atomic_file(copy) as temporary:
@@ -222,8 +223,9 @@ def _make_room(folder: Path, keep: Path) -> None:
     limit = _limit()
     with FileLock(folder / "room.lock"):
         for left in folder.glob(".*.tmp"):  # of a download that was killed
-            if time.time() - left.stat().st_mtime > STALE:
-                left.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # it was whole just now
+                if time.time() - left.stat().st_mtime > STALE:
+                    left.unlink()
         found = []
         for path in folder.glob("*.tar"):
             try:
