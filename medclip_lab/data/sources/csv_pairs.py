@@ -5,18 +5,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from medclip_lab.data.findings import ABSENT, CHEXPERT14, PRESENT, UNCERTAIN
+from medclip_lab.data.findings import CHEXPERT14
 from medclip_lab.data.labeller import combine_labels, labelled_sentences
 from medclip_lab.data.report import PREAMBLE, parse_sections, report_text
 from medclip_lab.data.sample import SPLITS, Sample
 from medclip_lab.data.sources.base import BadStudyError, Note, Record
-from medclip_lab.data.sources.common import BadImageError, read_image, read_table, require_columns, split_by_hash
+from medclip_lab.data.sources.common import read_table, require_columns, split_by_hash
+from medclip_lab.data.sources.tables import SPLIT_OF, read_images, read_labels, short
 from medclip_lab.errors import UserError
-
-_VALUES: dict[str, int | None] = {"": None} | {
-    text: value for value in (PRESENT, ABSENT, UNCERTAIN) for text in (str(value), f"{value}.0")
-}
-_SPLITS = {split: split for split in SPLITS} | {"training": "train", "valid": "val", "validation": "val", "dev": "val"}
 
 
 @dataclass(frozen=True)
@@ -109,13 +105,15 @@ class CsvPairs:
                 or it has neither image nor text.
         """
         study: _Study = record.content
-        images, views = _read_images(study, (self.image_folder or self.path.parent).expanduser(), note)
+        base = (self.image_folder or self.path.parent).expanduser()
+        found = read_images([base / _home(cell) for cell in study.images], note)
+        views = list(study.images.values())
         sections = parse_sections("\n\n".join(study.texts))
         if not report_text(sections) and PREAMBLE in sections:
             # What stands before "COMPARISON:" is all it says.
             sections = {"findings": sections.pop(PREAMBLE), **sections}
         text = report_text(sections)
-        if not text and not images:
+        if not text and not found.images:
             raise BadStudyError("neither image nor text", "no image is named and the text says nothing")
         if not text and study.texts:
             note("no findings and no impression", "kept as an image without text")
@@ -125,8 +123,8 @@ class CsvPairs:
             study_id=record.study_id,
             patient_id=record.patient_id,
             split=record.split,
-            images=images,
-            view=views,
+            images=found.images,
+            view=[views[place] for place in found.places],
             modality=self.modality,
             sections=sections,
             text=text,
@@ -182,7 +180,7 @@ def _group(
             line=line,
             patient_id=cells["patient"] or study_id,
             split=_split(cells["split"], where, chosen["split"]),
-            labels={name: _label(row[column], where, column) for name, column in labels.items()},
+            labels=read_labels(row, labels, where),
         )
         study = studies.setdefault(study_id, facts)
         for what, other in (("patient_id", "another patient"), ("split", "another split"), ("labels", "other labels")):
@@ -208,41 +206,9 @@ def _home(cell: str) -> Path:
         return Path(cell)
 
 
-def _short(value: str) -> str:
-    """A cell for an error message: a long one is likely report text, which must not be printed."""
-    return repr(value) if len(value) <= 12 else f"a text of {len(value)} characters"
-
-
 def _split(value: str, where: str, column: str) -> str:
-    if value and value.lower() not in _SPLITS:
-        raise UserError(f"{where}: column {column!r} holds {_short(value)}, one of {', '.join(SPLITS)} expected")
+    if value and value.lower() not in SPLIT_OF:
+        raise UserError(f"{where}: column {column!r} holds {short(value)}, one of {', '.join(SPLITS)} expected")
     if column and not value:
         raise UserError(f"{where}: column {column!r} is empty, one of {', '.join(SPLITS)} expected")
-    return _SPLITS.get(value.lower(), "")
-
-
-def _label(value: str, where: str, column: str) -> int | None:
-    if value not in _VALUES:
-        raise UserError(f"{where}: label column {column!r} holds {_short(value)}, one of 1, 0, -1 or blank expected")
-    return _VALUES[value]
-
-
-def _read_images(study: _Study, base: Path, note: Note) -> tuple[list[tuple[str, bytes]], list[str]]:
-    """The images of a study that can be used, and their views.
-
-    Raises:
-        BadStudyError: there are some, and none can be used.
-    """
-    images, views, bad = [], [], []
-    for cell, view in study.images.items():
-        try:
-            images.append(read_image(base / _home(cell)))
-            views.append(view)
-        except BadImageError as error:
-            bad.append(error)
-    if bad:
-        reason = f"{len(bad)} of {len(study.images)} images: {bad[0].reason}"
-        if not images:
-            raise BadStudyError(bad[0].cause, reason)
-        note(bad[0].cause, reason, counted=True)
-    return images, views
+    return SPLIT_OF.get(value.lower(), "")
