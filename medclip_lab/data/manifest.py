@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -108,6 +109,17 @@ class Manifest:
     def count(self, split: str) -> int:
         """Number of studies in a split."""
         return sum(shard.samples for shard in self.of_split(split))
+
+
+def check_names(shards: Iterable[Shard]) -> None:
+    """Refuse shards of one name, for who writes a file a shard.
+
+    Raises:
+        UserError: a pattern over several folders has such.
+    """
+    names = [shard.name for shard in shards]
+    if len(set(names)) < len(names):
+        raise UserError("shards: two of them have the same name: take them folder by folder")
 
 
 def _manifest_of(folder: str, optional: bool = False) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from medclip_lab import progress
 from medclip_lab.data.check import Finding, studies_of
-from medclip_lab.data.manifest import Manifest, Shard
+from medclip_lab.data.manifest import Manifest, Shard, check_names
 from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.reader import Study
 from medclip_lab.data.sample import Sample
@@ -46,8 +46,7 @@ def repair(shards: str | Path, out: Path, decode: bool = True, command: str = ""
     out = out.expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out: {out} exists and is not empty: choose another folder")
-    if len({shard.name for shard in manifest.shards}) < len(manifest.shards):
-        raise UserError("shards: two of them have the same name: repair them folder by folder")
+    check_names(manifest.shards)
     with named_disk_errors(out):
         start_folder(out)
     quarantine = Quarantine(sum(shard.samples for shard in manifest.shards), 1.0, out / QUARANTINE)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from medclip_lab import progress
 from medclip_lab.data.decode import DecodeError, decode_image
-from medclip_lab.data.manifest import Manifest, Shard
+from medclip_lab.data.manifest import Manifest, Shard, check_names
 from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.reader import read_shard
 from medclip_lab.errors import UserError
@@ -42,10 +42,11 @@ def embed(
         include_text: put the report text into the table. Embeddings and text are as private as the reports.
 
     Raises:
-        UserError: `out` holds embeddings of another bundle or of other shards.
+        UserError: `out` holds embeddings of another bundle or of other shards; two shards have one name.
     """
     manifest, out = Manifest.load(shards), Path(out).expanduser()
     wanted = manifest.shards if split is None else manifest.of_split(split)
+    check_names(wanted)
     facts = {
         "format": FORMAT,
         "bundle": encoder.fingerprint,

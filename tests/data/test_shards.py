@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medclip_lab.data.manifest import Manifest, Shard
+from medclip_lab.data.manifest import Manifest, Shard, check_names
 from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.reader import read_shard, read_split
 from medclip_lab.data.sample import Sample, make_key
@@ -241,3 +241,13 @@ def test_a_manifest_that_makes_no_sense_is_one_line(tmp_path: Path, change: dict
     (tmp_path / "manifest.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="cannot read"):
         Manifest.load(tmp_path)
+
+
+def test_shards_of_one_name_are_not_written_over_each_other(tmp_path: Path) -> None:
+    for name in "ab":
+        write_shards(toy_samples(20), tmp_path / name, "toy", 20)
+    manifest = Manifest.load(f"{tmp_path}/{{a,b}}/train-*.tar")
+    assert len(manifest.shards) == 2
+    with pytest.raises(UserError, match="two of them have the same name"):
+        check_names(manifest.shards)
+    check_names(Manifest.load(tmp_path / "a").shards)

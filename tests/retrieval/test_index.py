@@ -142,3 +142,12 @@ def test_changed_embeddings_are_refused(embeddings: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="was changed since it was written"):
         build_index(copy, tmp_path / "index")
     assert not (tmp_path / "index").exists()
+
+
+def test_shards_of_one_name_are_refused(toy_bundle: Path, toy_shards: Manifest, tmp_path: Path) -> None:
+    """Else the embeddings of the second would be those of the first."""
+    for name in "ab":
+        shutil.copytree(toy_shards.folder, tmp_path / name)
+    with pytest.raises(UserError, match="two of them have the same name"):
+        embed(load(toy_bundle), f"{tmp_path}/{{a,b}}/test-*.tar", tmp_path / "e")
+    assert not (tmp_path / "e").exists()
