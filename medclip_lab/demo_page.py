@@ -22,7 +22,7 @@ from medclip_lab.evaluation.protocol import HeldOut
 from medclip_lab.files import atomic_file
 from medclip_lab.inference.encoder import Encoder
 from medclip_lab.retrieval.index import Index
-from medclip_lab.training.run import diary
+from medclip_lab.training.console import diary
 
 QUERIES = (
     "Large left pleural effusion.",

@@ -45,7 +45,8 @@ def _run_train(args: argparse.Namespace) -> None:
     from medclip_lab import config as configs
     from medclip_lab.distributed import launched_world
     from medclip_lab.files import read_json
-    from medclip_lab.training.run import DONE, RunConfig, diary, train
+    from medclip_lab.training.console import diary
+    from medclip_lab.training.run import DONE, RunConfig, train
 
     if args.settings:
         configs.parser(RunConfig).print_help()

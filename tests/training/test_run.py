@@ -21,8 +21,10 @@ from medclip_lab.data.shards import write_shards
 from medclip_lab.errors import UserError
 from medclip_lab.models.dual_encoder import build_spec
 from medclip_lab.training import run as runs
+from medclip_lab.training.console import diary
 from medclip_lab.training.optim import OptimConfig, lr_factor, parameter_groups
-from medclip_lab.training.run import RunConfig, TrainerConfig, diary, resolve_precision, train
+from medclip_lab.training.run import RunConfig, train
+from medclip_lab.training.trainer import TrainerConfig, resolve_precision
 
 from ..conftest import toy_samples
 
