@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from medclip_lab import __version__
 from medclip_lab.cli import data, measure, model, retrieval, shards
-from medclip_lab.errors import UserError
+from medclip_lab.errors import StartAgainError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f": {error.filename}" if error.filename else ""
         print(f"medclip-lab {args.verb}: {error.strerror or type(error).__name__}{where}", file=sys.stderr)
         return 2
+    except StartAgainError as cut:
+        if args.debug:
+            raise
+        print(f"medclip-lab {args.verb}: {cut}", file=sys.stderr)
+        return 75
     except KeyboardInterrupt:
         print(f"\nmedclip-lab {args.verb}: interrupted; nothing is half-written, call it again", file=sys.stderr)
         return 130

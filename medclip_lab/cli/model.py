@@ -35,9 +35,20 @@ def add_train(verbs: Verbs) -> None:
         "train --config configs/phantom.yaml --out runs/phantom --optim.lr=5e-4 --trainer.epochs=5",
         _run_train,
     )
-    parser.usage = "medclip-lab train --config FILE [--out DIR] [--settings] [--SECTION.NAME=VALUE ...]"
+    parser.usage = (
+        "medclip-lab train --config FILE [--out DIR] [--resume WHERE] [--settings] [--SECTION.NAME=VALUE ...]\n"
+        "       medclip-lab train --replay DUMP"
+    )
     parser.add_argument("--config", type=Path, help="a YAML file, or the name of a shipped one")
     parser.add_argument("--out", default=None, help="folder of the run")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="WHERE",
+        help="auto: from the folder's newest whole checkpoint (default); never: refuse a folder that has one; or a "
+        "checkpoint or run to begin with",
+    )
+    parser.add_argument("--replay", type=Path, metavar="DUMP", help="make the step of a dump again, and say what broke")
     parser.add_argument("--settings", action="store_true", help="list every setting with its default, and stop")
 
 
@@ -46,10 +57,17 @@ def _run_train(args: argparse.Namespace) -> None:
     from medclip_lab.distributed import launched_world
     from medclip_lab.files import read_json
     from medclip_lab.training.console import diary
-    from medclip_lab.training.run import DONE, RunConfig, train
+    from medclip_lab.training.resume import DONE
+    from medclip_lab.training.run import RunConfig, train
 
     if args.settings:
         configs.parser(RunConfig).print_help()
+        return
+    if args.replay is not None:
+        from medclip_lab.training.replay import replay, summary
+
+        result = replay(args.replay)
+        say(args, result, summary(result))
         return
     if args.config is None:
         raise UserError("--config is missing: a YAML file, or the name of a shipped one (phantom, nih_openi_semantic)")
@@ -57,7 +75,7 @@ def _run_train(args: argparse.Namespace) -> None:
     if not path.exists() and configs.shipped(f"{path}.yaml").exists():
         path = configs.shipped(f"{path}.yaml")
     overrides = [*args.overrides, f"--out={args.out}"] if args.out else args.overrides
-    run = train(configs.load_config(RunConfig, path, overrides))
+    run = train(configs.load_config(RunConfig, path, overrides), args.resume)
     if launched_world()[0] > 0:
         return  # one rank speaks
     last = [line for line in diary(run) if "loss" in line][-1]

@@ -127,14 +127,9 @@ def steps_per_epoch(config: DataConfig) -> int:
     return int(1 / epochs[name] + 1e-9)
 
 
-def steps_once(config: DataConfig, world_size: int) -> int:
-    """Batches until the first source is through, with a last short one if it has a row for every rank."""
-    whole = 1 / max(_epochs_per_batch(config).values())
-    left = round(config.batch_size * (whole % 1))
-    steps = int(whole) + (left >= max(world_size, 1))
-    if not steps:
-        raise UserError(f"data: too few studies to validate on {world_size} ranks")
-    return steps
+def steps_once(config: DataConfig) -> int:
+    """Batches until the first source is through; the last may be short, and have no row for some ranks."""
+    return math.ceil(1 / max(_epochs_per_batch(config).values()) - 1e-9)
 
 
 def _epochs_per_batch(config: DataConfig) -> dict[str, float]:
@@ -355,4 +350,10 @@ def copies(labels: dict[str, int], rarity: Rarity) -> float:
 def loader(stream: BatchStream) -> DataLoader[Batch]:
     """A DataLoader that hands on the stream's batches as they are."""
     workers = stream.config.workers
-    return DataLoader(stream, batch_size=None, num_workers=workers, persistent_workers=workers > 0 and stream.training)
+    return DataLoader(
+        stream,
+        batch_size=None,
+        num_workers=workers,
+        persistent_workers=workers > 0 and stream.training,
+        generator=torch.Generator(),  # else each pass would take a number from those of the model's dropout
+    )

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import Progress
 
 from medclip_lab import progress
+from medclip_lab.files import atomic_file
 from medclip_lab.training.module import ContrastiveModule
 
 METRICS = "metrics.jsonl"
@@ -31,7 +32,8 @@ class MetricsFile(Callback):
             lines = [
                 line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= trainer.global_step
             ]
-            self.path.write_text("".join(f"{line}\n" for line in lines))
+            with atomic_file(self.path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in lines))
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -12,7 +12,8 @@ from medclip_lab.errors import UserError
 from medclip_lab.files import atomic_folder, existing_folder, read_json, refuse_to_replace
 from medclip_lab.inference.bundle import FORMAT, MANIFEST, finish_bundle, write_bundle
 from medclip_lab.inference.encoder import load
-from medclip_lab.training.run import CONFIG, DONE, MODEL, WEIGHTS, RunConfig
+from medclip_lab.training.resume import CONFIG, DONE
+from medclip_lab.training.run import MODEL, WEIGHTS, RunConfig
 
 
 def export(run: str | Path, out: str | Path, labelsets: list[str] | None = None, command: str = "") -> dict[str, Any]:

@@ -14,6 +14,7 @@ from medclip_lab.losses.diagnostics import diagnose
 from medclip_lab.losses.functional import row_ids
 from medclip_lab.models.dual_encoder import DualEncoder, Features
 from medclip_lab.training.gradient_cache import in_chunks, refuse_batch_statistics
+from medclip_lab.training.gradients import clip, global_norm, separate
 from medclip_lab.training.optim import OptimConfig, build_optimizer, lr_factor
 
 SCALE_RANGE = (1.0, 100.0)  # Radford et al. 2021: a larger scale makes training unstable
@@ -46,6 +47,10 @@ class ContrastiveModule(LightningModule):
         self.optim = optim
         self.steps = steps
         self.gradient_cache = gradient_cache
+        self.terms_now: dict[str, Tensor] = {}
+        """Of the step that is being made."""
+        self.gradient_norm: Tensor | None = None
+        """Of all parameters together, before clipping; whoever looks at gradients before they are clipped sets it."""
         self.diagnose_every = diagnose_every
         if gradient_cache:
             refuse_batch_statistics(encoder.model, gradient_cache)
@@ -95,22 +100,36 @@ class ContrastiveModule(LightningModule):
     def training_step(self, batch: Batch, index: int) -> dict[str, Tensor]:
         # The step that ends with this batch is the one the metrics file writes down.
         terms = self.terms(batch, bool(self.diagnose_every) and (self.global_step + 1) % self.diagnose_every == 0)
-        if not torch.isfinite(terms["loss"]):
-            keys = ", ".join([*batch["image_id"], *batch["text_id"]][:8])
-            raise UserError(f"the loss of step {self.global_step} is {terms['loss'].item()}; its studies: {keys} ...")
+        self.terms_now = {name: value.detach() for name, value in terms.items()}
         return terms
 
     def validation_step(self, batch: Batch, index: int) -> None:
         terms = self.terms(batch)
         self.log("val_loss", terms.get("excess_loss", terms["loss"]), batch_size=len(batch["image_id"]), sync_dist=True)
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_val:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norm = self.gradient_norm
+            if norm is None:
+                norm = global_norm(p.grad for p in parameters if p.grad is not None)
+            clip(parameters, norm, float(gradient_clip_val))
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # Here, and not in a hook after the batch: whoever saves then must see what the next step will start from.
         least, most = getattr(self.loss, "logit_scale_range", None) or SCALE_RANGE
         with torch.no_grad():
             self.encoder.model.logit_scale.clamp_(math.log(least), math.log(most))
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.encoder.model, self.optim, self.loss)
+        separate(optimizer, [p for p in self.encoder.model.parameters() if p.ndim])
         factor = lr_factor(self.steps, self.optim.warmup, self.optim.final_lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

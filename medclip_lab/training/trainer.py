@@ -3,13 +3,17 @@
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.strategies import Strategy
 
 from medclip_lab import distributed
 from medclip_lab.training.console import METRICS, Console, MetricsFile
@@ -30,8 +34,6 @@ class TrainerConfig:
     """Of this process; several are started with torchrun, one process each."""
     val_every: int = 0
     """Steps between passes over the validation split; 0 never."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints, from which an interrupted run goes on."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     ema: float = 0.0
@@ -53,38 +55,45 @@ class TrainerConfig:
             )
         if not 0 <= self.ema < 1:
             raise ValueError(f"trainer.ema is a decay in [0, 1), got {self.ema}")
-        if self.val_every < 0 or self.checkpoint_every < 1 or self.log_every < 1 or self.gradient_cache < 0:
+        if self.val_every < 0 or self.log_every < 1 or self.gradient_cache < 0:
             raise ValueError(
-                "trainer: val_every and gradient_cache cannot be negative, checkpoint_every and log_every must be at "
-                f"least 1, got {self.val_every}, {self.gradient_cache}, {self.checkpoint_every} and {self.log_every}"
+                "trainer: val_every and gradient_cache cannot be negative, log_every must be at least 1, got "
+                f"{self.val_every}, {self.gradient_cache} and {self.log_every}"
             )
 
 
-def build_trainer(config: TrainerConfig, out: Path, steps: int, clip_norm: float, val_batches: int) -> Trainer:
-    """Lightning's trainer of a run: where it runs, how precisely, what it writes down and when."""
-    checkpoint = ModelCheckpoint(
-        dirpath=out / "checkpoints",
-        filename="last",
-        every_n_train_steps=min(config.checkpoint_every, steps),
-        save_top_k=1,
-        enable_version_counter=False,
-        save_on_train_epoch_end=False,
-    )
-    callbacks: list[Callback] = [Console(), MetricsFile(out / METRICS, config.log_every), checkpoint]
+def build_trainer(
+    config: TrainerConfig,
+    out: Path,
+    steps: int,
+    clip_norm: float,
+    val_batches: int,
+    strategy: Strategy,
+    callbacks: Sequence[Callback],
+) -> Trainer:
+    """Lightning's trainer of a run: where it runs, how precisely, what it writes down and when.
+
+    Args:
+        callbacks: further ones.
+    """
+    shown: list[Callback] = [Console(), MetricsFile(out / METRICS, config.log_every)]
     if config.ema:
-        callbacks.append(EMAWeightAveraging(decay=config.ema))
-    launched = distributed.launched_world()[1] > 1
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched else 1
+        shown.append(EMAWeightAveraging(decay=config.ema))
+    world = distributed.launched_world()[1]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Trainer(
         max_steps=steps,
         max_epochs=-1,
         accelerator=config.accelerator,
         devices=local,
-        num_nodes=distributed.launched_world()[1] // local if launched else 1,
-        strategy="ddp" if launched else "auto",
+        num_nodes=world // local,
+        strategy=strategy,
+        # Who starts the processes is told by RANK and WORLD_SIZE alone: under SLURM Lightning would take the signals,
+        # and requeue by itself.
+        plugins=TorchElasticEnvironment() if world > 1 else LightningEnvironment(),
         precision=resolve_precision(config),
         gradient_clip_val=clip_norm or None,
-        callbacks=callbacks,
+        callbacks=[*shown, *callbacks],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -95,6 +104,13 @@ def build_trainer(config: TrainerConfig, out: Path, steps: int, clip_norm: float
         limit_val_batches=val_batches,
         default_root_dir=out,
     )
+
+
+def device_of(config: TrainerConfig) -> torch.device:
+    """Where this process computes."""
+    if config.accelerator == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def resolve_precision(config: TrainerConfig) -> Literal["32-true", "bf16-mixed", "16-mixed"]:
@@ -117,6 +133,7 @@ class quiet_lightning:  # noqa: N801 - reads as the context manager it is
         self._warnings = warnings.catch_warnings()
         self._warnings.__enter__()
         warnings.filterwarnings("ignore", module="lightning")
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # saving on one process says so
 
     def __exit__(self, *error: object) -> None:
         self._warnings.__exit__(*error)  # type: ignore[arg-type]

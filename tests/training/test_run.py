@@ -20,7 +20,9 @@ from medclip_lab.data.sample import Sample
 from medclip_lab.data.shards import write_shards
 from medclip_lab.errors import UserError
 from medclip_lab.models.dual_encoder import build_spec
+from medclip_lab.training import resume
 from medclip_lab.training import run as runs
+from medclip_lab.training.checkpoint_files import read_tensors
 from medclip_lab.training.console import diary
 from medclip_lab.training.optim import OptimConfig, lr_factor, parameter_groups
 from medclip_lab.training.run import RunConfig, train
@@ -75,12 +77,12 @@ def test_an_interrupted_run_goes_on_where_it_was(
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         train(toy_config(out))
-    assert not (out / runs.DONE).exists()
+    assert not (out / resume.DONE).exists()
     (tmp_path / "again").touch()
     served.clear()
     train(toy_config(out))
     assert served == list(range(10, 30)), "the last checkpoint was that of step 10"
-    assert json.loads((out / runs.DONE).read_text())["resumed_at"] == 10
+    assert json.loads((out / resume.DONE).read_text())["resumed_at"] == 10
     assert [line["step"] for line in diary(out)] == [5, 10, 15, 20, 25, 30]
     expected = load_file(toy_run / runs.WEIGHTS)
     for name, value in load_file(out / runs.WEIGHTS).items():
@@ -127,9 +129,9 @@ def test_losses_that_want_ids_labels_and_parameters_of_their_own(toy_config: Con
     lines = [line for line in diary(out) if "loss" in line]
     for line in lines:
         assert line["loss"] == pytest.approx(line["pairs"] + 0.5 * line["classes"], rel=1e-5)
-    state = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    assert state["loss.terms.classes.prototypes"].shape == (14, 16)
-    assert not torch.equal(state["loss.terms.classes.head.weight"], torch.eye(16)), (
+    state = read_tensors(out / "checkpoints" / "step-00000010")
+    assert state["state_dict/loss.terms.classes.prototypes"].shape == (14, 16)
+    assert not torch.equal(state["state_dict/loss.terms.classes.head.weight"], torch.eye(16)), (
         "the loss's own parameters train too"
     )
 
@@ -137,7 +139,7 @@ def test_losses_that_want_ids_labels_and_parameters_of_their_own(toy_config: Con
 def test_gradient_cache_changes_nothing(toy_config: Config, tmp_path: Path) -> None:
     tower = "--model.spec.vision_cfg={timm_model_name: test_vit, image_size: 32, timm_pool: avg}"
     # With Adam's usual eps a gradient that is zero but for rounding (the bias of attention's keys) is a full step.
-    settings = [tower, "--trainer.steps=4", "--trainer.log_every=1", "--trainer.checkpoint_every=4", "--optim.eps=1e-3"]
+    settings = [tower, "--trainer.steps=4", "--trainer.log_every=1", "--checkpoint.every=4", "--optim.eps=1e-3"]
     whole = train(toy_config(tmp_path / "whole", *settings))
     cached = train(toy_config(tmp_path / "cached", *settings, "--trainer.gradient_cache=3"))
     for first, second in zip(diary(whole), diary(cached), strict=True):
@@ -152,16 +154,16 @@ def test_a_run_goes_on_with_what_it_was_started_on(
 ) -> None:
     moved = Path(shutil.copytree(toy_run, tmp_path / "moved"))
     assert train(toy_config(moved)) == moved, "where a run lies is no setting of it"
-    facts = json.loads((moved / runs.FACTS).read_text())
+    facts = json.loads((moved / resume.FACTS).read_text())
     facts["shards"] = {"toy": "of yesterday"}
-    (moved / runs.FACTS).write_text(json.dumps(facts))
+    (moved / resume.FACTS).write_text(json.dumps(facts))
     with pytest.raises(UserError, match="the shards changed since"):
         train(toy_config(moved))
 
     begun = Path(shutil.copytree(toy_run, tmp_path / "begun"))
-    (begun / runs.DONE).unlink()
-    facts = json.loads((begun / runs.FACTS).read_text())
-    (begun / runs.FACTS).write_text(json.dumps(facts | {"steps": 31}))
+    (begun / resume.DONE).unlink()
+    facts = json.loads((begun / resume.FACTS).read_text())
+    (begun / resume.FACTS).write_text(json.dumps(facts | {"steps": 31}))
     with pytest.raises(UserError, match="was started with 31 steps, and this would be 30"):
         train(toy_config(begun))
 
@@ -234,7 +236,7 @@ def test_a_run_goes_on_with_other_ranks_as_if_nothing_had_been(
         "--model.spec.vision_cfg={timm_model_name: test_vit, image_size: 32, timm_pool: avg}",
         "--optim.eps=1e-3",  # else a gradient that is zero but for rounding is a full step of Adam's
         "--trainer.steps=8",
-        "--trainer.checkpoint_every=4",
+        "--checkpoint.every=4",
         "--data.augment.degrees=5",
     ]
     whole = train(toy_config(tmp_path / "whole", *settings))
