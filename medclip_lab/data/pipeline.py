@@ -278,7 +278,21 @@ class BatchStream(IterableDataset[Batch]):
             views = zip(("text", "second_text"), zip(*texts, strict=True), strict=False)
             batch |= {name: self.tokenizer(list(view)) for name, view in views}
             batch["text_labels"] = torch.tensor(text_labels)
+        if not (images or texts or self.training) and self.world_size > 1:
+            batch |= self._no_rows()
         return batch
+
+    def _no_rows(self) -> Batch:
+        """What a rank has of a last batch that is shorter than the ranks: it must still meet the others."""
+        size, labels = self.config.preprocess.size, len(self.config.labels)
+        ids = self.tokenizer([""])[:0]
+        views = ("text", "second_text")[: self.config.text.views]
+        return {
+            "image": torch.zeros(0, 3, size, size, dtype=torch.uint8),
+            "image_labels": torch.zeros(0, labels),
+            **dict.fromkeys(views, ids),
+            "text_labels": torch.zeros(0, labels),
+        }
 
     def _studies(self, row: Row, step: int, readers: dict[str, Reader]) -> Iterator[Study]:
         """The study of a row; in training then those that stand in for it, one after the other, if it is bad."""

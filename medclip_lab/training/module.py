@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from medclip_lab import distributed
 from medclip_lab.data.pipeline import Batch
 from medclip_lab.errors import UserError
 from medclip_lab.losses.diagnostics import diagnose
@@ -57,11 +58,21 @@ class ContrastiveModule(LightningModule):
 
     def features(self, batch: Batch) -> Features:
         """Features of every modality, and second view of one, that the batch holds."""
-        if not self.gradient_cache:
+        if not torch.is_grad_enabled():
+            empty = [name for name in self.encoder.towers_of(batch) if not len(batch[name])]
+            if empty:  # many a tower cannot take no rows, and under FSDP2 every rank must call it
+                one = {name: batch[name].new_zeros(1, *batch[name].shape[1:]) for name in empty}
+                return {name: f[:0] if name in empty else f for name, f in self.features(batch | one).items()}
+        rows = self.rows_at_a_time()
+        if not rows:
             features: Features = self.encoder(batch)
             return features
         towers = self.encoder.towers_of(batch).items()
-        return {name: in_chunks(tower, batch[name], self.gradient_cache) for name, tower in towers}
+        return {name: in_chunks(tower, batch[name], rows) for name, tower in towers}
+
+    def rows_at_a_time(self) -> int:
+        """Of a tower; 0 for all."""
+        return self.gradient_cache
 
     def terms(self, batch: Batch, diagnose_too: bool = False) -> dict[str, Tensor]:
         """The loss of a batch under "loss" and its parts by name.
@@ -103,9 +114,19 @@ class ContrastiveModule(LightningModule):
         self.terms_now = {name: value.detach() for name, value in terms.items()}
         return terms
 
+    def on_validation_epoch_start(self) -> None:
+        self._validated = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum of losses by row, and rows
+
     def validation_step(self, batch: Batch, index: int) -> None:
         terms = self.terms(batch)
-        self.log("val_loss", terms.get("excess_loss", terms["loss"]), batch_size=len(batch["image_id"]), sync_dist=True)
+        rows = len(batch["image_id"])
+        loss = terms.get("excess_loss", terms["loss"])
+        self._validated += torch.stack([loss.double() * rows, torch.full_like(loss, rows, dtype=torch.float64)])
+
+    def on_validation_epoch_end(self) -> None:
+        # Lightning's own mean over ranks divides the count of rows as an integer.
+        total, rows = distributed.all_sum(self._validated)
+        self.log("val_loss", (total / rows).float())
 
     def configure_gradient_clipping(
         self,

@@ -10,8 +10,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from medclip_lab import distributed
-from medclip_lab.data.pipeline import Batch
-from medclip_lab.models.dual_encoder import Features
 from medclip_lab.training.module import ContrastiveModule
 
 
@@ -26,12 +24,9 @@ class ShardedModule(ContrastiveModule):
             assert self.device_mesh is not None
             shard(self.encoder.model, self.device_mesh["data_parallel"])
 
-    def features(self, batch: Batch) -> Features:
+    def rows_at_a_time(self) -> int:
         # Without gradients nothing is kept, and ranks may have different numbers of chunks, each of them a collective.
-        if not torch.is_grad_enabled():
-            found: Features = self.encoder(batch)
-            return found
-        return super().features(batch)
+        return self.gradient_cache if torch.is_grad_enabled() else 0
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         # A chunk that is run again must run to its end: there FSDP2 notes that it is through.
