@@ -1,8 +1,12 @@
+import re
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 
+from medclip_lab.cli import build_parser
 from medclip_lab.config import load_config, shipped, to_yaml
 from medclip_lab.errors import UserError
 from medclip_lab.inference.labelset import LabelSet
@@ -76,6 +80,22 @@ def test_shipped_run_configs_load(path: Path) -> None:
     config = load_config(RunConfig, path)
     assert config.data.sources
     assert path.read_text().startswith("# medclip-lab"), "a config's head is the command that runs it"
+
+
+@pytest.mark.parametrize("path", sorted(shipped("cluster").glob("*")), ids=lambda path: path.name)
+def test_cluster_examples_name_settings_that_exist(path: Path) -> None:
+    text = path.read_text()
+    settings = re.findall(r"--\w+\.[\w.]+=[\w.]+", text)
+    assert settings
+    load_config(RunConfig, shipped("phantom.yaml"), settings)
+    if path.suffix == ".yaml":
+        (worker,) = yaml.safe_load(text)["spec"]["pytorchReplicaSpecs"].values()
+        (container,) = worker["template"]["spec"]["containers"]
+        assert container["command"][-2:] == ["medclip_lab", "train"]
+        build_parser().parse_known_args(["train", *container["args"]])
+    else:
+        assert subprocess.run(["bash", "-n", path]).returncode == 0
+        assert "medclip_lab train --config" in text or "medclip-lab train --config" in text
 
 
 @pytest.mark.parametrize("path", sorted(shipped("labelsets").glob("*.yaml")), ids=lambda path: path.stem)
