@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class ContrastiveModule(LightningModule):
         steps: length of the run, which the schedule needs.
         gradient_cache: rows of a tower's forward; 0 takes the whole batch at once.
         diagnose_every: steps between diagnostics of the batch; 0 never.
+        finish: makes ready, on this device, what the loader left of a batch.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class ContrastiveModule(LightningModule):
         steps: int,
         gradient_cache: int = 0,
         diagnose_every: int = 0,
+        finish: Callable[[Batch, torch.device], Batch] | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -47,8 +50,12 @@ class ContrastiveModule(LightningModule):
         self.steps = steps
         self.gradient_cache = gradient_cache
         self.diagnose_every = diagnose_every
+        self.finish = finish
         if gradient_cache:
             refuse_batch_statistics(encoder.model, gradient_cache)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        return self.finish(batch, self.device) if self.finish else batch
 
     def features(self, batch: Batch) -> Features:
         """Features of every modality, and second view of one, that the batch holds."""

@@ -93,7 +93,13 @@ def train(config: RunConfig) -> Path:
         if config.trainer.val_every:
             streams["val"] = _validation_stream(config, tokenizer, rank, world_size, quarantine_path)
         module = ContrastiveModule(
-            encoder, loss, config.optim, steps, config.trainer.gradient_cache, config.trainer.log_every
+            encoder,
+            loss,
+            config.optim,
+            steps,
+            config.trainer.gradient_cache,
+            config.trainer.log_every,
+            streams["train"].finish,
         )
         val_batches = len(streams["val"]) if "val" in streams else 0
         trainer = build_trainer(config.trainer, out, steps, config.optim.clip_norm, val_batches)

@@ -134,6 +134,15 @@ def test_losses_that_want_ids_labels_and_parameters_of_their_own(toy_config: Con
     )
 
 
+def test_two_views_made_ready_on_the_device(toy_config: Config, tmp_path: Path) -> None:
+    pytest.importorskip("torchcodec")
+    data = ["--data.finish_on=device", "--data.augment.views=2", "--data.text.views=2", "--data.workers=1"]
+    out = train(toy_config(tmp_path / "run", "--loss.name=MultiViewClipLoss", "--trainer.steps=4", *data))
+    line = next(line for line in diary(out) if "loss" in line)
+    assert {"image_text_loss", "image_image_loss", "text_text_loss"} <= line.keys()
+    assert 0 < line["image_image_loss"] < 10
+
+
 def test_gradient_cache_changes_nothing(toy_config: Config, tmp_path: Path) -> None:
     tower = "--model.spec.vision_cfg={timm_model_name: test_vit, image_size: 32, timm_pool: avg}"
     # With Adam's usual eps a gradient that is zero but for rounding (the bias of attention's keys) is a full step.
