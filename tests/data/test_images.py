@@ -102,7 +102,7 @@ def test_a_study_of_one_good_image_shows_it_twice_and_changed_apart(write: Write
 
 
 def test_reports_of_validation_are_treated_as_in_training(tmp_path: Path) -> None:
-    text = "Compared to the prior study, the effusion is unchanged. No pneumothorax in ___ today."
+    text = "Compared to the prior study, the effusion is unchanged. No pneumothorax in " + 3 * "_" + " today."
     samples = [sample(n, [jpeg(60)], text) for n in range(8)]
     write_shards(samples, tmp_path / "shards", source="toy", samples_per_shard=8)
     seen: list[str] = []
@@ -116,7 +116,7 @@ def test_reports_of_validation_are_treated_as_in_training(tmp_path: Path) -> Non
     next(iter(BatchStream(config, note, 1, training=False)))
     assert len(set(seen)) == 1
     assert "[MASK]" in seen[0]
-    assert "___" not in seen[0]
+    assert 3 * "_" not in seen[0]
     assert "prior" not in seen[0]
     assert "No pneumothorax in" in seen[0]
 
