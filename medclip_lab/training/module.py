@@ -3,19 +3,22 @@
 import hashlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from medclip_lab.data.pipeline import Batch
 from medclip_lab.errors import UserError
 from medclip_lab.losses.diagnostics import diagnose
 from medclip_lab.losses.functional import row_ids
 from medclip_lab.models.dual_encoder import DualEncoder, Features
+from medclip_lab.training.freezing import Freezing
 from medclip_lab.training.gradient_cache import in_chunks, refuse_batch_statistics
-from medclip_lab.training.optim import OptimConfig, build_optimizer, lr_factor
+from medclip_lab.training.optim import OptimConfig, build_optimizer, parameter_groups
+from medclip_lab.training.rules import treatments
 
 SCALE_RANGE = (1.0, 100.0)  # Radford et al. 2021: a larger scale makes training unstable
 
@@ -51,6 +54,10 @@ class ContrastiveModule(LightningModule):
         self.gradient_cache = gradient_cache
         self.diagnose_every = diagnose_every
         self.finish = finish
+        self.grad_norm: Tensor | None = None
+        """Of the last step, before clipping."""
+        self.treated = treatments(encoder.model, optim, steps, loss)
+        self.freezing = Freezing(encoder.model, self._parameters_by_name, self.treated)
         if gradient_cache:
             refuse_batch_statistics(encoder.model, gradient_cache)
 
@@ -116,11 +123,39 @@ class ContrastiveModule(LightningModule):
         with torch.no_grad():
             self.encoder.model.logit_scale.clamp_(math.log(least), math.log(most))
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self.freezing.at(self.global_step)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.freezing.set_norms(mode)
+        return self
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if gradient_clip_val:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # Of shards on many ranks the norm is a shard too.
+        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.encoder.model, self.optim, self.loss)
-        factor = lr_factor(self.steps, self.optim.warmup, self.optim.final_lr)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        groups = parameter_groups(self._parameters_by_name(), self.treated)
+        # A gradient scaler unscales before the clipping, which the fused kernel would do within its step.
+        fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+        optimizer, schedules = build_optimizer(groups, self.optim, fused)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedules)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _parameters_by_name(self) -> dict[str, nn.Parameter]:
+        own = {f"loss.{name}": parameter for name, parameter in self.loss.named_parameters()}
+        return dict(self.encoder.model.named_parameters()) | own
 
 
 def _input(name: str, features: Features, batch: Batch) -> Tensor | None:
