@@ -13,6 +13,7 @@ from medclip_lab.errors import UserError
 from medclip_lab.losses.diagnostics import diagnose
 from medclip_lab.losses.functional import row_ids
 from medclip_lab.models.dual_encoder import DualEncoder, Features
+from medclip_lab.models.tokens import TOKENS
 from medclip_lab.training.gradient_cache import in_chunks, refuse_batch_statistics
 from medclip_lab.training.optim import OptimConfig, build_optimizer, lr_factor
 
@@ -47,6 +48,13 @@ class ContrastiveModule(LightningModule):
         self.steps = steps
         self.gradient_cache = gradient_cache
         self.diagnose_every = diagnose_every
+        wanted = (*getattr(loss, "inputs", ()), *getattr(loss, "optional_inputs", ()))
+        encoder.tokens = frozenset(TOKENS) & frozenset(wanted)
+        if gradient_cache and encoder.tokens:
+            raise UserError(
+                f"trainer.gradient_cache: {type(loss).__name__} takes {', '.join(sorted(encoder.tokens))}, which are not "
+                "kept in chunks: set it to 0"
+            )
         if gradient_cache:
             refuse_batch_statistics(encoder.model, gradient_cache)
 

@@ -19,7 +19,7 @@ from medclip_lab.data.reader import Reader
 from medclip_lab.data.sample import Sample
 from medclip_lab.data.shards import write_shards
 from medclip_lab.errors import UserError
-from medclip_lab.models.dual_encoder import build_spec
+from medclip_lab.models.spec import build_spec
 from medclip_lab.training import run as runs
 from medclip_lab.training.console import diary
 from medclip_lab.training.optim import OptimConfig, lr_factor, parameter_groups
