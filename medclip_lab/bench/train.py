@@ -150,7 +150,7 @@ def write_model(spec: dict[str, Any], folder: Path) -> None:
 
     from medclip_lab.data.preprocess import PreprocessConfig
     from medclip_lab.files import write_json
-    from medclip_lab.models.dual_encoder import build_spec
+    from medclip_lab.models.spec import build_spec
 
     folder.mkdir()
     preprocess = PreprocessConfig(size=spec["vision_cfg"]["image_size"]).open_clip()

@@ -81,16 +81,18 @@ def bare_loop(job: dict[str, Any], moments: Moments) -> dict[str, Any]:
     from medclip_lab.losses import build_loss
     from medclip_lab.training.build import prepare_model
     from medclip_lab.training.module import SCALE_RANGE
-    from medclip_lab.training.optim import lr_factor, parameter_groups
+    from medclip_lab.training.optim import build_optimizer, parameter_groups
+    from medclip_lab.training.rules import treatments
 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(prefix="medclip-lab-bench-") as folder:
         config = run_config(job, folder)
         encoder, tokenizer, _ = prepare_model(config.model, config.data, Path(folder), 0)
     loss = build_loss(config.loss)
-    optim = config.optim
-    optimizer = torch.optim.AdamW(parameter_groups(encoder.model, optim), lr=LR, betas=BETAS, eps=EPS)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(job["steps"], optim.warmup, optim.final_lr))
+    treated = treatments(encoder.model, config.optim, job["steps"])
+    groups = parameter_groups(dict(encoder.model.named_parameters()), treated)
+    optimizer, schedules = build_optimizer(groups, config.optim)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedules)
     parameters = [value for group in optimizer.param_groups for value in group["params"]]
     least, most = map(math.log, SCALE_RANGE)
     encoder.train()

@@ -19,7 +19,8 @@ from medclip_lab.files import read_json
 from medclip_lab.inference.bundle import PREPROCESS, open_bundle
 from medclip_lab.inference.classifier import ScoreType, ZeroShotClassifier
 from medclip_lab.inference.labelset import LabelSet, load_labelset
-from medclip_lab.models.dual_encoder import DualEncoder, load_named, quiet
+from medclip_lab.models.dual_encoder import DualEncoder
+from medclip_lab.models.spec import load_folder, quiet
 
 T = TypeVar("T")
 
@@ -37,7 +38,7 @@ def load(bundle: str | os.PathLike[str], device: str = "auto") -> "Encoder":
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     preprocess = PreprocessConfig.from_record(read_json(folder / PREPROCESS, "bundle"))
-    model = DualEncoder(load_named(f"local-dir:{folder}", None), preprocess)
+    model = DualEncoder(load_folder(folder)[0], preprocess)
     with quiet():
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     return Encoder(folder, manifest, model.to(device).eval(), tokenizer, preprocess)

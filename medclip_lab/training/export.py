@@ -1,5 +1,6 @@
 """From a finished run to a bundle."""
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from medclip_lab.errors import UserError
 from medclip_lab.files import atomic_folder, existing_folder, read_json, refuse_to_replace
 from medclip_lab.inference.bundle import FORMAT, MANIFEST, finish_bundle, write_bundle
 from medclip_lab.inference.encoder import load
+from medclip_lab.models.spec import beyond_open_clip
 from medclip_lab.training.run import CONFIG, DONE, MODEL, WEIGHTS, RunConfig
 
 
@@ -38,6 +40,8 @@ def export(run: str | Path, out: str | Path, labelsets: list[str] | None = None,
     for path in paths:
         if not path.exists():
             raise UserError(f"label set: no such file: {path}")
+    if beyond := beyond_open_clip(model["model_cfg"]):
+        print(f"medclip_lab.load opens this bundle, plain open_clip does not: {', '.join(beyond)}", file=sys.stderr)
     card = {
         "loss": config.loss.name,
         "sources": ", ".join(config.data.sources),

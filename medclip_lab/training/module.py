@@ -15,6 +15,7 @@ from medclip_lab.errors import UserError
 from medclip_lab.losses.diagnostics import diagnose
 from medclip_lab.losses.functional import row_ids
 from medclip_lab.models.dual_encoder import DualEncoder, Features
+from medclip_lab.models.tokens import TOKENS
 from medclip_lab.training.freezing import Freezing
 from medclip_lab.training.gradient_cache import in_chunks, refuse_batch_statistics
 from medclip_lab.training.optim import OptimConfig, build_optimizer, parameter_groups
@@ -58,6 +59,13 @@ class ContrastiveModule(LightningModule):
         """Of the last step, before clipping."""
         self.treated = treatments(encoder.model, optim, steps, loss)
         self.freezing = Freezing(encoder.model, self._parameters_by_name, self.treated)
+        wanted = (*getattr(loss, "inputs", ()), *getattr(loss, "optional_inputs", ()))
+        encoder.tokens = frozenset(TOKENS) & frozenset(wanted)
+        if gradient_cache and encoder.tokens:
+            raise UserError(
+                f"trainer.gradient_cache: {type(loss).__name__} takes {', '.join(sorted(encoder.tokens))}, which are "
+                "not kept in chunks: set it to 0"
+            )
         if gradient_cache:
             refuse_batch_statistics(encoder.model, gradient_cache)
 

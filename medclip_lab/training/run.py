@@ -122,9 +122,8 @@ def train(config: RunConfig) -> Path:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from None
     if trainer.is_global_zero:
-        weights = {name: value.detach().cpu().contiguous() for name, value in encoder.model.state_dict().items()}
         with atomic_file(out / WEIGHTS) as temporary:
-            save_file(weights, temporary)
+            save_file(encoder.weights(), temporary)
         seconds = round(time.monotonic() - begin, 1)
         done = {"steps": steps, "resumed_at": start, "seconds": seconds, "world_size": world_size}
         write_json(out / DONE, done | {"unusable": listed(quarantine_path)})

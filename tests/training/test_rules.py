@@ -10,7 +10,7 @@ from torch import nn
 from medclip_lab.config import load_config
 from medclip_lab.errors import UserError
 from medclip_lab.losses import PrototypeLoss
-from medclip_lab.models.dual_encoder import build_spec
+from medclip_lab.models.spec import build_spec
 from medclip_lab.training.freezing import Freezing
 from medclip_lab.training.layers import layers_above
 from medclip_lab.training.optim import OptimConfig
