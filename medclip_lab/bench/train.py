@@ -154,7 +154,9 @@ def write_model(spec: dict[str, Any], folder: Path) -> None:
 
     folder.mkdir()
     preprocess = PreprocessConfig(size=spec["vision_cfg"]["image_size"]).open_clip()
-    write_json(folder / "open_clip_config.json", {"model_cfg": spec, "preprocess_cfg": preprocess})
+    write_json(
+        folder / "open_clip_config.json", {"model_cfg": spec | {"custom_text": True}, "preprocess_cfg": preprocess}
+    )
     save_model(build_spec(spec), str(folder / "open_clip_model.safetensors"))
 
 

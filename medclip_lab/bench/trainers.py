@@ -49,7 +49,7 @@ def run_config(job: dict[str, Any], out: str) -> RunConfig:
             augment=AugmentConfig(crop=CROP, aspect=ASPECT),
             workers=1,
         ),
-        model=ModelConfig(spec=f"local-dir:{job['model']}", tokenizer="spec", channels_last=False),
+        model=ModelConfig(spec=f"local-dir:{job['model']}", tokenizer="spec", truncation="end", channels_last=False),
         loss=LossConfig("ClipLoss"),
         optim=OptimConfig(lr=LR, weight_decay=WEIGHT_DECAY, betas=BETAS, eps=EPS, clip_norm=CLIP_NORM),
         trainer=TrainerConfig(steps=job["steps"], precision="32-true", accelerator="cpu"),
