@@ -14,7 +14,7 @@ from torch import Tensor
 
 from medclip_lab.errors import UserError
 from medclip_lab.models.hf_text import HuggingFaceText, reserved
-from medclip_lab.models.stems import Normalisation, adapt_stem, channels_of, find_stem
+from medclip_lab.models.stems import Normalisation, adapt_stem, add_constant, channels_of, find_stem, is_exact
 from medclip_lab.models.weights import SETTING, Weights, read_weights
 
 PREFIX = {"image": "visual.", "text": "text."}
@@ -214,19 +214,22 @@ def _fit_stem(
                 f"data.preprocess says {_numbers(target.mean)} and {_numbers(target.std)}"
             )
         return own
-    name, conv = find_stem(model.visual)
-    weight, bias = own.get(f"visual.{name}.weight"), own.get(f"visual.{name}.bias")
+    stem, conv = find_stem(model.visual)
+    name = f"visual.{stem}.weight"
+    weight = own.get(name)
     if weight is None or weight.ndim != 4 or weight.shape[1] != 3:
         return own
-    adapted, shifted, exact = adapt_stem(weight, bias, conv, source or target, target)
-    report.reshaped[f"visual.{name}.weight"] = f"{_shape(weight)} -> {_shape(adapted)}"
-    if not exact:
+    source = source or target
+    adapted, constant = adapt_stem(weight, source, target)
+    inside = {key.removeprefix("visual."): value for key, value in own.items()}
+    taken = add_constant(model.visual, inside, stem, constant)
+    report.reshaped[name] = f"{_shape(weight)} -> {_shape(adapted)}"
+    if not is_exact(conv, constant, bool(taken)):
         report.notes.append(
-            "the stem of one channel is near the one of three, not equal: it pads or has no bias, and the three means "
-            "differ"
+            "the stem of one channel is near the one of three and not equal to it; nearest with data.preprocess.mean "
+            f"{sum(source.mean) / 3:.3g} and std {sum(source.std) / 3:.3g}"
         )
-    changed = {f"visual.{name}.weight": adapted}
-    return own | changed | ({f"visual.{name}.bias": shifted} if shifted is not None else {})
+    return own | {name: adapted} | {f"visual.{key}": value for key, value in taken.items()}
 
 
 def _reshape(name: str, value: Tensor, place: Tensor, model: Any) -> Tensor:

@@ -52,8 +52,8 @@ class ContrastiveModule(LightningModule):
         encoder.tokens = frozenset(TOKENS) & frozenset(wanted)
         if gradient_cache and encoder.tokens:
             raise UserError(
-                f"trainer.gradient_cache: {type(loss).__name__} takes {', '.join(sorted(encoder.tokens))}, which are not "
-                "kept in chunks: set it to 0"
+                f"trainer.gradient_cache: {type(loss).__name__} takes {', '.join(sorted(encoder.tokens))}, which are "
+                "not kept in chunks: set it to 0"
             )
         if gradient_cache:
             refuse_batch_statistics(encoder.model, gradient_cache)
