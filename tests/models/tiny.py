@@ -5,24 +5,8 @@ from typing import Any
 
 import torch
 
-WORDS = [
-    *(
-        "the",
-        "heart",
-        "is",
-        "enlarged",
-        "normal",
-        "no",
-        "pleural",
-        "effusion",
-        "lungs",
-        "are",
-        "clear",
-        "left",
-        "right",
-    ),
-    *("of", "size", "case"),
-]
+SENTENCE = "the heart is enlarged normal no pleural effusion lungs are clear left right of size case"
+WORDS = SENTENCE.split()
 
 SIZES = {
     "vocab_size": 40,
