@@ -5,6 +5,7 @@ names and gives the same features there, so that open_clip loads what it knows.
 """
 
 import inspect
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -90,7 +91,10 @@ class HuggingFaceText(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep the layers' inputs only, and run each layer again in the backward pass."""
         if enable:
-            self.transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            with warnings.catch_warnings():
+                # transformers 5 has a new name for it, and only its later versions know that.
+                warnings.simplefilter("ignore", FutureWarning)
+                self.transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             self.transformer.gradient_checkpointing_disable()
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from medclip_lab.errors import UserError
 
 HUB = "hf-hub:"
+LFS_POINTER = b"version https://git-lfs"
 
 RENAMED = {
     "microsoft/BiomedNLP-PubMedBERT-base-uncased-abstract": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
@@ -62,6 +63,19 @@ def find_folder(name: str, setting: str) -> Path:
         f"`hf download {RENAMED.get(name, name)} --local-dir FOLDER`, and name the folder; or say {HUB}{name} to fetch "
         "it now"
     )
+
+
+def refuse_pointer(path: Path, setting: str) -> None:
+    """Git without LFS leaves a few lines of text in the place of a large file.
+
+    Raises:
+        UserError: this is such a file.
+    """
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(
+                f"{setting}: {path} is a Git-LFS pointer, not the weights: run `git lfs pull` in its folder"
+            )
 
 
 def _cached(repository: str) -> Path | None:

@@ -16,8 +16,9 @@ class LoraConfig:
 
     target: str
     """Regular expression that the whole name of a module must match, names as the tower's `named_modules()` gives
-    them: linear and convolutional layers, embeddings, and whole attentions of torch. ".*[qv]_proj" is usual for a
-    Llama, ".*(query|value)" for a BERT, ".*attn.qkv" for a ViT of timm, ".*attn" for one of open_clip."""
+    them: linear and convolutional layers, embeddings, and attentions of torch, of which queries, keys and values adapt.
+    ".*[qv]_proj" is usual for a Llama, ".*(query|value)" for a BERT, ".*attn.qkv" for a ViT of timm, ".*attn" for one of
+    open_clip."""
     rank: int = 8
     alpha: int = 16
     """The change is scaled by alpha / rank."""
@@ -58,15 +59,20 @@ def add_lora(tower: nn.Module, config: LoraConfig, name: str) -> None:
     if not matched:
         linear = [path for path, module in tower.named_modules() if isinstance(module, nn.Linear)]
         raise UserError(f"{setting}: no module of the tower matches {config.target!r}; linear ones are {_some(linear)}")
-    for path in matched:
-        above = path.rpartition(".")[0]
-        if above and isinstance(tower.get_submodule(above), nn.MultiheadAttention):
-            raise UserError(
-                f"{setting}: {path} is inside an attention of torch, which never calls it: match {above}, which adapts "
-                "its input and output projections"
-            )
+    for path, module in matched.items():
+        if problem := _unfit(path, module, tower, config):
+            raise UserError(f"{setting}: {path} {problem}")
+    # peft's adapter of torch's attention adds to the frozen weights and subtracts again in every pass, and rounding
+    # changes them; its adapter of a single parameter leaves them alone.
+    attentions = [path for path, module in matched.items() if isinstance(module, nn.MultiheadAttention)]
     settings = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(matched), bias="none"
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=[path for path in matched if path not in attentions],
+        target_parameters=[f"{path}.in_proj_weight" for path in attentions] or None,
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in matched.values()),  # GPT-2's linear layers
+        bias="none",
     )
     try:
         peft.inject_adapter_in_model(settings, tower)
@@ -85,19 +91,25 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
         if not _is_adapter(module) or path.startswith(tuple(inside)):
             continue
         inside.append(f"{path}.")
-        plain = _merged(copy.deepcopy(module))
+        layer: Any = copy.deepcopy(module)
+        layer.merge(safe_merge=True)
         state = {name: value for name, value in state.items() if not name.startswith(f"{path}.")}
-        state |= {f"{path}.{name}": value for name, value in plain.state_dict().items()}
+        state |= {f"{path}.{name}": value for name, value in layer.get_base_layer().state_dict().items()}
     return state
 
 
-def _merged(layer: Any) -> nn.Module:
-    if hasattr(layer, "unload_and_optionally_merge_module"):
-        plain: nn.Module = layer.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
-        return plain
-    layer.merge(safe_merge=True)
-    base: nn.Module = layer.get_base_layer()
-    return base
+def _unfit(path: str, module: nn.Module, tower: nn.Module, config: LoraConfig) -> str:
+    """Why a module that matches cannot be adapted; nothing if it can."""
+    above = path.rpartition(".")[0]
+    if above and isinstance(tower.get_submodule(above), nn.MultiheadAttention):
+        return f"is inside an attention of torch, which never calls it: match {above} and not its parts"
+    if isinstance(module, nn.MultiheadAttention) and config.dropout:
+        return "is an attention of torch, where adapters have no dropout: set it to 0"
+    if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
+        return "is an attention of torch with keys or values of another width, which peft cannot adapt"
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        return "is a convolution in groups, whose adapter could not be merged: leave it out"
+    return ""
 
 
 def _is_adapter(module: nn.Module) -> bool:

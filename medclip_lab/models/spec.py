@@ -24,7 +24,7 @@ from torch import nn
 from medclip_lab.errors import UserError
 from medclip_lab.files import read_json
 from medclip_lab.models.hf_text import HuggingFaceText, positions, reserved, text_config
-from medclip_lab.models.hub import HUB, find_folder
+from medclip_lab.models.hub import HUB, find_folder, refuse_pointer
 from medclip_lab.models.stems import channels_of, make_single_channel
 
 Spec = dict[str, Any]
@@ -122,7 +122,7 @@ def fit_image_size(model: Any, spec: Spec) -> Spec:
     """
     size, vision = spec["vision_cfg"].get("image_size", 224), spec["vision_cfg"]
     problem = _refusal(model.visual, size)
-    if problem and "timm_model_name" in vision and "timm_input_size" not in vision:
+    if problem and hasattr(getattr(model.visual, "trunk", None), "set_input_size") and "timm_input_size" not in vision:
         _resize(model.visual, size)
         spec = spec | {"vision_cfg": vision | {"timm_input_size": size}}
         problem = _refusal(model.visual, size)
@@ -158,6 +158,7 @@ def load_folder(folder: Path) -> tuple[nn.Module, Spec]:
         path = open_clip.factory._find_checkpoint_in_dir(folder)
         if path is None:
             raise UserError(f"model.spec: {folder} holds no weights (open_clip_model.safetensors)")
+        refuse_pointer(Path(path), "model.spec")
         try:
             open_clip.load_checkpoint(model, path, strict=True, weights_only=True)
         except Exception as error:  # safetensors, pickle and torch each have their own
@@ -194,6 +195,8 @@ def _text_tower(text: Spec, embed_dim: int) -> HuggingFaceText:
 
 
 def _resize(visual: Any, size: int) -> None:
+    if not hasattr(visual.trunk, "set_input_size"):
+        raise UserError(f"model.spec.vision_cfg: {type(visual.trunk).__name__} has no input size to set to {size}")
     try:
         with quiet():
             visual.set_input_size(size)

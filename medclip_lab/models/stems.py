@@ -54,33 +54,50 @@ def channels_of(visual: Any) -> int:
     return int(getattr(visual, "in_chans", 3))
 
 
-def adapt_stem(
-    weight: Tensor, bias: Tensor | None, conv: nn.Conv2d, source: Normalisation, target: Normalisation
-) -> tuple[Tensor, Tensor | None, bool]:
-    """Weights of a single-channel stem that answers greyscale as the three-channel stem answers it repeated.
+def adapt_stem(weight: Tensor, source: Normalisation, target: Normalisation) -> tuple[Tensor, Tensor]:
+    """A single-channel stem that answers greyscale as a three-channel stem answers it repeated, but for a constant.
 
     With the channels' x_c = (g - m_c) / s_c and the one x = (g - m) / s of the same grey value g,
-    sum_c W_c x_c = (sum_c W_c s / s_c) x + sum_c W_c (m - m_c) / s_c, whose second term is a constant: it goes into the
-    bias.
+    sum_c W_c x_c = (sum_c W_c s / s_c) x + sum_c W_c (m - m_c) / s_c, whose second term is that constant.
 
     Args:
         weight: [O, 3, H, W].
-        bias: [O], or None.
-        conv: the stem they are for.
         source, target: how pixels were normalised for these weights, and how they will be.
 
     Returns:
-        Weight [O, 1, H, W], bias, and whether the answer is the same. It is not where the constant has no bias to go
-        to, where the stem pads (with 0, which was another grey value in each channel), or where the stem standardises
-        its weights.
+        Weight [O, 1, H, W], and the constant [O].
     """
-    means, stds = (torch.tensor(values, dtype=torch.float64) for values in (source.mean, source.std))
+    means, stds = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (source.mean, source.std))
     wide = weight.double()
-    summed = (wide * (target.std[0] / stds).view(1, 3, 1, 1)).sum(1, keepdim=True)
-    shift = (wide * ((target.mean[0] - means) / stds).view(1, 3, 1, 1)).sum((1, 2, 3))
-    same = bool(shift.abs().max() < 1e-6)
-    padded = conv.padding not in (0, (0, 0), "valid")
-    exact = (same or (bias is not None and not padded)) and "Std" not in type(conv).__name__
-    if bias is not None:
-        bias = (bias.double() + shift).to(bias.dtype)
-    return summed.to(weight.dtype), bias, exact
+    summed = (wide * (target.std[0] / stds)).sum(1, keepdim=True)
+    constant = (wide * ((target.mean[0] - means) / stds)).sum((1, 2, 3))
+    return summed.to(weight.dtype), constant.to(weight.dtype)
+
+
+def add_constant(visual: Any, state: dict[str, Tensor], stem: str, constant: Tensor) -> dict[str, Tensor]:
+    """What of an image tower's weights takes up a constant that its stem should add: its bias, or in a vision
+    transformer without one the position embedding of every patch. Nothing where neither can."""
+    if f"{stem}.bias" in state:
+        return {f"{stem}.bias": state[f"{stem}.bias"] + constant}
+    trunk = getattr(visual, "trunk", visual)
+    name, prefix = ("positional_embedding", 1) if trunk is visual else ("trunk.pos_embed", _prefix_tokens(trunk))
+    if name not in state or state[name].shape[-1] != len(constant):
+        return {}
+    positions = state[name].clone()
+    positions[..., prefix:, :] += constant
+    return {name: positions}
+
+
+def is_exact(conv: nn.Conv2d, constant: Tensor, taken: bool) -> bool:
+    """Whether the single-channel stem answers as the other did everywhere.
+
+    Not where it pads (zeros were another grey value in each channel), where the constant went nowhere, or where it
+    standardises its weights (a sum of standardised ones is no standardised sum).
+    """
+    if "Std" in type(conv).__name__:
+        return False
+    return bool(constant.abs().max() < 1e-6) or (taken and conv.padding in (0, (0, 0), "valid"))
+
+
+def _prefix_tokens(trunk: Any) -> int:
+    return 0 if getattr(trunk, "no_embed_class", False) else int(getattr(trunk, "num_prefix_tokens", 0))

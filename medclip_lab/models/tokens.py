@@ -23,7 +23,7 @@ def image_tokens(visual: Any, images: Tensor) -> tuple[Tensor, Tensor]:
         out = visual.forward_intermediates(images, indices=1, normalize_intermediates=True)
         maps: Tensor = out["image_intermediates"][0]
         tokens = _project(visual, maps.flatten(2).transpose(1, 2))
-    except (AttributeError, TypeError, RuntimeError) as error:
+    except (AssertionError, AttributeError, TypeError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"the loss wants image_tokens, and {type(getattr(visual, 'trunk', visual)).__name__} gives none: {first}. "
@@ -36,7 +36,7 @@ def text_tokens(text: Any, ids: Tensor) -> TextOutput:
     """Features and tokens of texts [N, L] in a text tower of open_clip or of ours."""
     if isinstance(text, HuggingFaceText):
         return text.with_tokens(ids)
-    out = text.forward_intermediates(ids, indices=1, normalize_intermediates=True)
+    out = text.forward_intermediates(ids, indices=1, normalize_intermediates=True, output_fmt="NLC")
     tokens, projection = out["text_intermediates"][0], text.text_projection
     if isinstance(projection, nn.Module):
         tokens = projection(tokens)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from medclip_lab.errors import UserError
 from medclip_lab.models.hf_text import HuggingFaceText, reserved
-from medclip_lab.models.stems import Normalisation, adapt_stem, channels_of, find_stem
+from medclip_lab.models.stems import Normalisation, adapt_stem, add_constant, channels_of, find_stem, is_exact
 from medclip_lab.models.weights import SETTING, Weights, read_weights
 
 PREFIX = {"image": "visual.", "text": "text."}
@@ -92,7 +92,7 @@ def warm_start(model: Any, configs: list[WarmStartConfig], target: Normalisation
     reports = []
     for config in configs:
         weights = read_weights(config.source)
-        named = _named(weights, model)
+        named, shapes = _named(weights, model)
         towers = [tower for tower in ("image", "text") if config.tower in (tower, "all")]
         held = [tower for tower in towers if any(name.startswith(PREFIX[tower]) for name in named)]
         if not held or (config.tower != "all" and config.tower not in held):
@@ -103,7 +103,7 @@ def warm_start(model: Any, configs: list[WarmStartConfig], target: Normalisation
         if config.mean is not None and config.std is not None:
             source = Normalisation(config.mean, config.std)
         for tower in held:
-            report = _fill(model, tower, named, config, source, target)
+            report = _fill(model, tower, named, shapes, config, source, target)
             reports.append(report)
             if speak:
                 print(report.line(), file=sys.stderr)
@@ -121,8 +121,8 @@ def stretch(rows: Tensor, count: int, kept: int = 0) -> Tensor:
     return torch.cat([special, wide.to(rows.dtype)])
 
 
-def _named(weights: Weights, model: Any) -> dict[str, Tensor]:
-    """The weights under the names that the model would give them."""
+def _named(weights: Weights, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights under the names that the model would give them, and the shapes they had in the source."""
     state = {name: value for name, value in weights.state.items() if not name.endswith("position_ids")}
     if weights.kind == "transformers":
         if not isinstance(model.text, HuggingFaceText):
@@ -130,7 +130,8 @@ def _named(weights: Weights, model: Any) -> dict[str, Tensor]:
                 f"{SETTING}: {weights.path} is a model of transformers, and the text tower is open_clip's own: set "
                 "model.spec.text_cfg.hf_model_name"
             )
-        return {f"text.transformer.{name}": value for name, value in state.items()}
+        named = {f"text.transformer.{name}": value for name, value in state.items()}
+        return named, _shapes(named)
     trunk = getattr(model.visual, "trunk", None)
     if weights.kind == "timm":
         if trunk is None:
@@ -138,14 +139,16 @@ def _named(weights: Weights, model: Any) -> dict[str, Tensor]:
                 f"{SETTING}: {weights.path} holds no model of open_clip; if it is one of timm, set "
                 "model.spec.vision_cfg.timm_model_name"
             )
-        return {f"visual.trunk.{name}": value for name, value in _by_timm(state, trunk).items()}
+        named = {f"visual.trunk.{name}": value for name, value in _by_timm(state, trunk).items()}
+        return named, _shapes(named) | _shapes({f"visual.trunk.{name}": value for name, value in state.items()})
     state = open_clip.model.convert_to_custom_text_state_dict(open_clip.convert.convert_state_dict(model, state))
-    part = "visual.trunk."
+    shapes, part = _shapes(state), "visual.trunk."
     inner = {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
     state = {name: value for name, value in state.items() if name.startswith(("visual.", "text.")) and part not in name}
     if trunk is not None:
         inner = _by_timm(inner, trunk)
-    return state | {f"{part}{name}": value for name, value in inner.items()}
+    named = state | {f"{part}{name}": value for name, value in inner.items()}
+    return named, _shapes(named) | shapes
 
 
 def _by_timm(state: dict[str, Tensor], trunk: Any) -> dict[str, Tensor]:
@@ -164,6 +167,7 @@ def _fill(
     model: Any,
     tower: str,
     named: dict[str, Tensor],
+    shapes: dict[str, str],
     config: WarmStartConfig,
     source: Normalisation | None,
     target: Normalisation,
@@ -180,14 +184,13 @@ def _fill(
             report.missing.append(name)
             continue
         value = own[name]
-        before = report.reshaped.get(name, "").split(" -> ")[0] or _shape(named[name])
         if value.shape != place.shape:
             value = _reshape(name, value, place, model)
         if value.shape != place.shape:
             report.misfit[name] = f"{_shape(value)}, not {_shape(place)}"
             continue
-        if before != _shape(place):
-            report.reshaped[name] = f"{before} -> {_shape(place)}"
+        if shapes[name] != _shape(place):
+            report.reshaped[name] = f"{shapes[name]} -> {_shape(place)}"
         else:
             report.loaded.append(name)
         fitting[name] = value
@@ -214,19 +217,21 @@ def _fit_stem(
                 f"data.preprocess says {_numbers(target.mean)} and {_numbers(target.std)}"
             )
         return own
-    name, conv = find_stem(model.visual)
-    weight, bias = own.get(f"visual.{name}.weight"), own.get(f"visual.{name}.bias")
+    stem, conv = find_stem(model.visual)
+    name = f"visual.{stem}.weight"
+    weight = own.get(name)
     if weight is None or weight.ndim != 4 or weight.shape[1] != 3:
         return own
-    adapted, shifted, exact = adapt_stem(weight, bias, conv, source or target, target)
-    report.reshaped[f"visual.{name}.weight"] = f"{_shape(weight)} -> {_shape(adapted)}"
-    if not exact:
+    source = source or target
+    adapted, constant = adapt_stem(weight, source, target)
+    inside = {key.removeprefix("visual."): value for key, value in own.items()}
+    taken = add_constant(model.visual, inside, stem, constant)
+    if not is_exact(conv, constant, bool(taken)):
         report.notes.append(
-            "the stem of one channel is near the one of three, not equal: it pads or has no bias, and the three means "
-            "differ"
+            "the stem of one channel is near the one of three and not equal to it; nearest with data.preprocess.mean "
+            f"{sum(source.mean) / 3:.3g} and std {sum(source.std) / 3:.3g}"
         )
-    changed = {f"visual.{name}.weight": adapted}
-    return own | changed | ({f"visual.{name}.bias": shifted} if shifted is not None else {})
+    return own | {name: adapted} | {f"visual.{key}": value for key, value in taken.items()}
 
 
 def _reshape(name: str, value: Tensor, place: Tensor, model: Any) -> Tensor:
@@ -256,6 +261,10 @@ def _nearest(model: Any, towers: list[str], named: dict[str, Tensor], report: Re
 
 def _shape(value: Tensor) -> str:
     return "x".join(map(str, value.shape)) or "scalar"
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, str]:
+    return {name: _shape(value) for name, value in state.items()}
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -11,13 +11,12 @@ from torch import Tensor
 from medclip_lab.errors import UserError
 from medclip_lab.files import read_json
 from medclip_lab.models.hf_text import takes_pooling_layer, text_config
-from medclip_lab.models.hub import HUB, find_folder
+from medclip_lab.models.hub import HUB, find_folder, refuse_pointer
 from medclip_lab.models.spec import OPEN_CLIP_CONFIG
 from medclip_lab.models.stems import Normalisation
 
 SETTING = "model.warm_start"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass
@@ -70,7 +69,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: it is no such file.
     """
-    refuse_pointer(path)
+    refuse_pointer(path, SETTING)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -101,19 +100,6 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def refuse_pointer(path: Path) -> None:
-    """Git without LFS leaves a few lines of text in the place of a large file.
-
-    Raises:
-        UserError: this is such a file.
-    """
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(
-                f"{SETTING}: {path} is a Git-LFS pointer, not the weights: run `git lfs pull` in its folder"
-            )
-
-
 def _of_file(path: Path) -> Weights:
     if path.suffix not in SUFFIXES:
         raise UserError(f"{SETTING}: {path} is none of {', '.join(SUFFIXES)}")
@@ -136,7 +122,7 @@ def _of_transformers(folder: Path, record: dict[str, Any]) -> Weights:
         )
     files = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")]
     for file in files:
-        refuse_pointer(file)
+        refuse_pointer(file, SETTING)
     config = text_config(record)
     options = {"add_pooling_layer": True} if takes_pooling_layer(config) else {}
     try:
