@@ -56,7 +56,7 @@ FLAGS = {
     },
     "shards check": COMMON | {"shards", "--no-decode", "--out"},
     "shards repair": COMMON | {"shards", "--no-decode", "--out"},
-    "train": COMMON | {"--config", "--out", "--settings"},
+    "train": COMMON | {"--config", "--out", "--settings", "--profile"},
     "evaluate": COMMON
     | {
         "bundle",

@@ -35,10 +35,19 @@ def add_train(verbs: Verbs) -> None:
         "train --config configs/phantom.yaml --out runs/phantom --optim.lr=5e-4 --trainer.epochs=5",
         _run_train,
     )
-    parser.usage = "medclip-lab train --config FILE [--out DIR] [--settings] [--SECTION.NAME=VALUE ...]"
+    parser.usage = "medclip-lab train --config FILE [--out DIR] [--settings] [--profile [N]] [--SECTION.NAME=VALUE ...]"
     parser.add_argument("--config", type=Path, help="a YAML file, or the name of a shipped one")
     parser.add_argument("--out", default=None, help="folder of the run")
     parser.add_argument("--settings", action="store_true", help="list every setting with its default, and stop")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=5,
+        default=0,
+        metavar="N",
+        help="look at N steps (default: 5) with torch's profiler: a table, and a trace in the run's folder",
+    )
 
 
 def _run_train(args: argparse.Namespace) -> None:
@@ -57,7 +66,9 @@ def _run_train(args: argparse.Namespace) -> None:
     if not path.exists() and configs.shipped(f"{path}.yaml").exists():
         path = configs.shipped(f"{path}.yaml")
     overrides = [*args.overrides, f"--out={args.out}"] if args.out else args.overrides
-    run = train(configs.load_config(RunConfig, path, overrides))
+    if args.profile < 0:
+        raise UserError(f"--profile: a number of steps, got {args.profile}")
+    run = train(configs.load_config(RunConfig, path, overrides), profile=args.profile)
     if launched_world()[0] > 0:
         return  # one rank speaks
     last = [line for line in diary(run) if "loss" in line][-1]

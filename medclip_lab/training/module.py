@@ -19,6 +19,7 @@ from medclip_lab.models.tokens import TOKENS
 from medclip_lab.training.freezing import Freezing
 from medclip_lab.training.gradient_cache import in_chunks, refuse_batch_statistics
 from medclip_lab.training.optim import OptimConfig, build_optimizer, parameter_groups
+from medclip_lab.training.precision import full_float32
 from medclip_lab.training.rules import treatments
 
 SCALE_RANGE = (1.0, 100.0)  # Radford et al. 2021: a larger scale makes training unstable
@@ -99,14 +100,15 @@ class ContrastiveModule(LightningModule):
                 f"{type(self.loss).__name__} needs an image and a text of every study; some have one only. "
                 "Train on paired sources, or with a loss on labels such as SoftTargetClipLoss"
             )
-        terms: dict[str, Tensor] = self.loss(
-            features["image"],
-            features["text"],
-            self.encoder.logit_scale,
-            self.encoder.logit_bias,
-            **{name: value for name, value in given.items() if value is not None},
-            output_dict=True,
-        )
+        with full_float32():
+            terms: dict[str, Tensor] = self.loss(
+                features["image"],
+                features["text"],
+                self.encoder.logit_scale,
+                self.encoder.logit_bias,
+                **{name: value for name, value in given.items() if value is not None},
+                output_dict=True,
+            )
         terms = {"loss": terms.pop("contrastive_loss"), **terms}
         if diagnose_too:
             text_ids = row_ids(batch["text"])

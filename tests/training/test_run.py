@@ -21,7 +21,6 @@ from medclip_lab.errors import UserError
 from medclip_lab.training import run as runs
 from medclip_lab.training.console import diary
 from medclip_lab.training.run import RunConfig, train
-from medclip_lab.training.trainer import TrainerConfig, resolve_precision
 
 from ..conftest import toy_samples
 
@@ -38,7 +37,9 @@ def test_training_learns_and_leaves_a_whole_folder(toy_run: Path) -> None:
         "metrics.jsonl",
         "model.json",
         "model.safetensors",
+        "report.html",
         "run.json",
+        "tensorboard",
         "tokenizer",
     }
     assert json.loads((toy_run / "done.json").read_text())["steps"] == 30
@@ -298,10 +299,3 @@ def test_semantic_loss_trains_on_the_labels(toy_config: Config, tmp_path: Path) 
     model = json.loads((run / "model.json").read_text())["model_cfg"]
     assert not any("bias" in name for name in load_file(run / "model.safetensors") if name.startswith("logit"))
     assert model["custom_text"] is True
-
-
-def test_precision_and_config_checks() -> None:
-    assert resolve_precision(TrainerConfig(precision="32-true")) == "32-true"
-    assert resolve_precision(TrainerConfig(accelerator="cpu")) in ("bf16-mixed", "32-true")
-    with pytest.raises(ValueError, match="steps"):
-        TrainerConfig(steps=0)
