@@ -55,6 +55,7 @@ FLAGS = {
         "--seed",
     },
     "shards check": COMMON | {"shards", "--no-decode", "--out"},
+    "shards leaks": COMMON | {"train", "test", "--train-split", "--test-split", "--out", "--max-bad"},
     "shards repair": COMMON | {"shards", "--no-decode", "--out"},
     "train": COMMON | {"--config", "--out", "--settings"},
     "evaluate": COMMON

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
-Values = NDArray[np.float32]
+Values = NDArray[np.floating[Any]]
 SEVERITIES = (1, 2, 3, 4, 5)
 REFERENCE_SIDE = 224
 
@@ -41,7 +41,8 @@ def corrupt(pixels: Pixels, kind: str, severity: int, seed: int = 0) -> Pixels:
     rng = np.random.default_rng((seed, list(KINDS).index(kind), severity, look))
     values = (pixels.astype(np.float32) / np.float32(top)).reshape(*pixels.shape[:2], -1)
     worse = np.clip(KINDS[kind](values, severity - 1, rng), 0, 1).reshape(pixels.shape)
-    return np.asarray(np.rint(worse * np.float32(top)), dtype=pixels.dtype)
+    rounded = np.rint(worse * np.float32(top))
+    return rounded.astype(np.uint8) if pixels.dtype == np.uint8 else rounded.astype(np.uint16)
 
 
 def corruption(kind: str, severity: int, seed: int = 0) -> Callable[[Image.Image], Image.Image]:
@@ -51,7 +52,7 @@ def corruption(kind: str, severity: int, seed: int = 0) -> Callable[[Image.Image
 
 def _grain(values: Values) -> float:
     """Pixels of this image in one of the reference."""
-    return max(1.0, max(values.shape[:2]) / REFERENCE_SIDE)
+    return float(max(1.0, max(values.shape[:2]) / REFERENCE_SIDE))
 
 
 def _noise(values: Values, rng: np.random.Generator) -> Values:
@@ -60,7 +61,7 @@ def _noise(values: Values, rng: np.random.Generator) -> Values:
     grain = _grain(values)
     rows, columns = (np.arange(height) / grain).astype(int), (np.arange(width) / grain).astype(int)
     drawn = rng.standard_normal((rows[-1] + 1, columns[-1] + 1), dtype=np.float32)
-    return drawn[np.ix_(rows, columns)][..., None]
+    return np.asarray(drawn[np.ix_(rows, columns)][..., None])
 
 
 def _gaussian_noise(values: Values, level: int, rng: np.random.Generator) -> Values:
@@ -83,7 +84,7 @@ def _motion_blur(values: Values, level: int, rng: np.random.Generator) -> Values
     total = np.zeros_like(values)
     for down, right in steps:
         total += padded[reach + down : reach + down + height, reach + right : reach + right + width]
-    return total / np.float32(len(steps))
+    return np.asarray(total / np.float32(len(steps)))
 
 
 def _jpeg(values: Values, level: int, _rng: np.random.Generator) -> Values:
@@ -104,7 +105,7 @@ def _brightness(values: Values, level: int, rng: np.random.Generator) -> Values:
 def _contrast(values: Values, level: int, _rng: np.random.Generator) -> Values:
     """Flatter around the mean."""
     mean = values.mean(dtype=np.float64).astype(np.float32)
-    return mean + np.float32((0.65, 0.50, 0.36, 0.24, 0.14)[level]) * (values - mean)
+    return np.asarray(mean + np.float32((0.65, 0.50, 0.36, 0.24, 0.14)[level]) * (values - mean))
 
 
 def _pixelate(values: Values, level: int, _rng: np.random.Generator) -> Values:

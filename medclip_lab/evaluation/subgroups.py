@@ -84,11 +84,10 @@ def _table(
     data: Labelled, scores: Floats, groups: NDArray[np.str_], weights: Floats, min_cases: int, seed: int
 ) -> dict[str, Any]:
     names = sorted(set(groups.tolist()) - {UNKNOWN})
-    reasons = {
-        name: [_reason(data, groups == name, column, min_cases) for column in range(len(data.names))] for name in names
-    }
+    columns = range(len(data.names))
+    reasons = {name: [_reason(data, groups == name, column, min_cases) for column in columns] for name in names}
     able = [name for name in names if not all(reasons[name])]
-    common = [column for column in range(len(data.names)) if able and not any(reasons[name][column] for name in able)]
+    common = [column for column in columns if able and not any(reasons[name][column] for name in able)]
     rows, sampled = [], {}
     for name in names:
         member = groups == name
