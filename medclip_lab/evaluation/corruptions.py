@@ -42,7 +42,7 @@ def corrupt(pixels: Pixels, kind: str, severity: int, seed: int = 0) -> Pixels:
     values = (pixels.astype(np.float32) / np.float32(top)).reshape(*pixels.shape[:2], -1)
     worse = np.clip(KINDS[kind](values, severity - 1, rng), 0, 1).reshape(pixels.shape)
     rounded = np.rint(worse * np.float32(top))
-    return rounded.astype(np.uint8) if pixels.dtype == np.uint8 else rounded.astype(np.uint16)
+    return np.asarray(rounded, np.uint8) if pixels.dtype == np.uint8 else np.asarray(rounded, np.uint16)
 
 
 def corruption(kind: str, severity: int, seed: int = 0) -> Callable[[Image.Image], Image.Image]:

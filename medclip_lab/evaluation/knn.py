@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from medclip_lab.evaluation.gather import Labelled, refuse_shared_patients
-from medclip_lab.evaluation.metrics import Floats, auroc, interval, patient_weights, weighted_auroc
+from medclip_lab.evaluation.metrics import Floats
+from medclip_lab.evaluation.table import auroc_table
 
 CHUNK = 1024
 
@@ -36,18 +37,8 @@ def knn(train: Labelled, test: Labelled, *, k: int = 20, draws: int = 1000, seed
         UserError: a patient stands in both.
     """
     refuse_shared_patients(train=train, test=test)
-    weights = patient_weights(test.patients, draws, seed)
-    labels = []
-    for column, name in enumerate(train.names):
-        row: dict[str, Any] = {"name": name, "auroc": None, "low": None, "high": None}
-        lacks = [f"{part}: {lack}" for part, data in (("train", train), ("test", test)) if (lack := data.lacks(column))]
-        if lacks:
-            labels.append(row | {"reason": lacks[0]})
-            continue
-        used = test.used[:, column]
-        scores, positive = knn_scores(train, column, test.features[used], k), test.positive[used, column]
-        low, high = interval(weighted_auroc(scores, positive, weights[:, used]))
-        labels.append(row | {"auroc": auroc(scores, positive), "low": low, "high": high})
-    measured = [row["auroc"] for row in labels if row["auroc"] is not None]
-    macro = {"auroc": float(np.mean(measured)) if measured else None, "labels": len(measured)}
-    return {"k": k, "labels": labels, "macro": macro}
+    reasons = {column: f"train: {lack}" for column in range(len(train.names)) if (lack := train.lacks(column))}
+    scores = np.zeros(test.positive.shape)
+    for column in set(range(len(train.names))) - set(reasons):
+        scores[:, column] = knn_scores(train, column, test.features, k)
+    return {"k": k, **auroc_table(test, scores, draws=draws, seed=seed, reasons=reasons)}

@@ -16,9 +16,11 @@ from medclip_lab import progress
 from medclip_lab.errors import UserError
 from medclip_lab.evaluation.gather import Labelled, Scorer, refuse_shared_patients
 from medclip_lab.evaluation.metrics import Floats, auroc, interval, patient_weights, weighted_auroc
+from medclip_lab.evaluation.table import auroc_table
 
 STRENGTHS = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3, 1e4)
 """Inverse penalties C that are tried; features have unit norm, so the useful ones are large."""
+Rows = NDArray[np.intp]
 SHOTS = (1, 2, 4, 8, 16)
 SHARES = (0.01, 0.1, 1.0)
 
@@ -32,22 +34,16 @@ def linear_probe(train: Labelled, val: Labelled, test: Labelled, *, draws: int =
         UserError: a patient stands in two parts, or scikit-learn is missing.
     """
     refuse_shared_patients(train=train, val=val, test=test)
-    weights = patient_weights(test.patients, draws, seed)
-    labels, sampled = [], []
+    scores, reasons, strengths = np.zeros(test.positive.shape), {}, {}
     for column, name in enumerate(train.names):
-        row: dict[str, Any] = {"name": name, "auroc": None, "low": None, "high": None, "C": None}
-        reason = _reason(train, val, test, column)
-        if reason:
-            labels.append(row | {"reason": reason})
+        if reason := _reason(train, val, column):
+            reasons[column] = reason
             continue
         rows = np.flatnonzero(train.used[:, column])
-        scorer, strength = _chosen(train, rows, val, np.flatnonzero(val.used[:, column]), column)
-        used = test.used[:, column]
-        scores, positive = scorer(test.features[used]), test.positive[used, column]
-        sampled.append(weighted_auroc(scores, positive, weights[:, used]))
-        low, high = interval(sampled[-1])
-        labels.append(row | {"auroc": auroc(scores, positive), "low": low, "high": high, "C": strength})
-    return {"labels": labels, "macro": _macro(labels, sampled), "strengths": list(STRENGTHS), "chosen_by": "val AUROC"}
+        scorer, strengths[name] = _chosen(train, rows, val, np.flatnonzero(val.used[:, column]), column)
+        scores[:, column] = scorer(test.features)
+    table = auroc_table(test, scores, draws=draws, seed=seed, reasons=reasons)
+    return table | {"C": strengths, "chosen_by": f"val AUROC among {', '.join(map('{:g}'.format, STRENGTHS))}"}
 
 
 def k_shot(
@@ -77,63 +73,52 @@ def k_shot(
     for kind, amount in progress.track(settings, "few-shot probes", len(settings)):
         repeats = 1 if kind == "share" and amount >= 1 else seeds
         values: dict[str, list[float]] = {}
-        sampled: list[list[Floats]] = []
+        sampled: list[Floats] = []
         left_out: dict[str, str] = {}
         for number in range(repeats):
-            rng = np.random.default_rng((seed, number))
-            kept = _share(train, amount, rng) if kind == "share" else None
             drawn: list[Floats] = []
             for column, name in enumerate(train.names):
-                reason = _reason(train, val, test, column)
-                rows = val_rows = None
-                if not reason and kind == "share":
-                    assert kept is not None
-                    rows, val_rows = kept[train.used[kept, column]], np.flatnonzero(val.used[:, column])
-                    if len(set(train.positive[rows, column].tolist())) < 2:
-                        reason = "the share drawn has one class only"
-                elif not reason:
-                    rows, val_rows = _shots(train, column, int(amount), rng), _shots(val, column, int(amount), rng)
-                    if rows is None or val_rows is None:
-                        reason = f"fewer than {int(amount)} patients of a class"
-                if reason:
-                    left_out[name] = reason
+                rng = np.random.default_rng((seed, number, 0 if kind == "share" else column))
+                reason = _reason(train, val, column) or test.lacks(column)
+                rows, val_rows = _draw(train, val, column, kind, amount, rng) if not reason else (None, None)
+                if rows is None or val_rows is None:
+                    left_out[name] = reason or f"too few patients of a class for {kind} {amount:g}"
                     continue
-                assert rows is not None
-                assert val_rows is not None
                 scorer, _ = _chosen(train, rows, val, val_rows, column)
                 used = test.used[:, column]
                 scores, positive = scorer(test.features[used]), test.positive[used, column]
                 values.setdefault(name, []).append(auroc(scores, positive))
                 drawn.append(weighted_auroc(scores, positive, weights[:, used]))
             if drawn:
-                sampled.append(drawn)
+                sampled.append(np.nanmean(drawn, axis=0))
         row: dict[str, Any] = {kind: amount, "auroc": None, "low": None, "high": None, "seeds": repeats}
         if values:
-            low, high = interval(np.concatenate([np.nanmean(drawn, axis=0) for drawn in sampled]))
-            mean = float(np.mean([np.mean(found) for found in values.values()]))
-            row |= {"auroc": mean, "low": low, "high": high}
+            row["auroc"] = float(np.mean([np.mean(found) for found in values.values()]))
+            row["low"], row["high"] = interval(np.concatenate(sampled))
         results.append(row | {"labels": len(values), "left_out": left_out})
     return results
 
 
-def _reason(train: Labelled, val: Labelled, test: Labelled, column: int) -> str:
-    for name, part in (("train", train), ("val", val), ("test", test)):
+def _draw(
+    train: Labelled, val: Labelled, column: int, kind: str, amount: float, rng: np.random.Generator
+) -> tuple[Rows | None, Rows | None]:
+    """Rows to learn from and rows to choose by; None where there are too few of a class."""
+    if kind == "shots":
+        return _shots(train, column, int(amount), rng), _shots(val, column, int(amount), rng)
+    kept = _share(train, amount, rng)
+    rows = kept[train.used[kept, column]]
+    both = len(set(train.positive[rows, column].tolist())) == 2
+    return rows if both else None, np.flatnonzero(val.used[:, column])
+
+
+def _reason(train: Labelled, val: Labelled, column: int) -> str:
+    for name, part in (("train", train), ("val", val)):
         if lack := part.lacks(column):
             return f"{name}: {lack}"
     return ""
 
 
-def _macro(labels: list[dict[str, Any]], sampled: list[Floats]) -> dict[str, Any]:
-    measured = [row["auroc"] for row in labels if row["auroc"] is not None]
-    if not measured:
-        return {"auroc": None, "low": None, "high": None, "labels": 0, "reason": "no label can be learned and tested"}
-    low, high = interval(np.nanmean(sampled, axis=0))
-    return {"auroc": float(np.mean(measured)), "low": low, "high": high, "labels": len(measured)}
-
-
-def _chosen(
-    train: Labelled, rows: NDArray[np.intp], val: Labelled, val_rows: NDArray[np.intp], column: int
-) -> tuple[Scorer, float]:
+def _chosen(train: Labelled, rows: Rows, val: Labelled, val_rows: Rows, column: int) -> tuple[Scorer, float]:
     """The probe with the best AUROC on the validation rows, and its strength; of equal ones the most penalised."""
     best: tuple[float, Scorer, float] | None = None
     for strength in STRENGTHS:
@@ -163,7 +148,7 @@ def fit(features: NDArray[np.float32], positive: NDArray[np.bool_], strength: fl
     return lambda rows: np.asarray(rows.astype(np.float64) @ weight + bias)
 
 
-def _shots(data: Labelled, column: int, k: int, rng: np.random.Generator) -> NDArray[np.intp] | None:
+def _shots(data: Labelled, column: int, k: int, rng: np.random.Generator) -> Rows | None:
     """Rows of k positive and k negative studies, no two of a patient within a class; None if there are not so many."""
     rows: list[int] = []
     for wanted in (True, False):
@@ -179,7 +164,7 @@ def _shots(data: Labelled, column: int, k: int, rng: np.random.Generator) -> NDA
     return np.array(rows)
 
 
-def _share(data: Labelled, share: float, rng: np.random.Generator) -> NDArray[np.intp]:
+def _share(data: Labelled, share: float, rng: np.random.Generator) -> Rows:
     """Rows of a share of the patients, one patient at least."""
     patients = sorted(set(data.patients))
     count = max(1, round(share * len(patients)))

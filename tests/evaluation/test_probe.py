@@ -56,7 +56,7 @@ def test_strength_is_chosen_on_validation_patients_and_not_on_test() -> None:
     right = linear_probe(train, val, test, draws=10)
     turned = linear_probe(train, replace(val, positive=~val.positive), test, draws=10)
     assert turned["macro"]["auroc"] <= right["macro"]["auroc"]
-    assert [row["C"] for row in turned["labels"][:2]] != [row["C"] for row in right["labels"][:2]]
+    assert turned["C"] != right["C"]
 
 
 def test_shared_patients_are_refused() -> None:
@@ -86,7 +86,7 @@ def test_more_shots_are_better_and_settings_that_cannot_be_say_why() -> None:
     assert one["auroc"] < many["auroc"]
     assert one["high"] - one["low"] > many["high"] - many["low"], "luck of the draw is part of the interval"
     assert too_many["auroc"] is None
-    assert too_many["left_out"]["a"] == "fewer than 100 patients of a class"
+    assert too_many["left_out"]["a"] == "too few patients of a class for shots 100"
     assert half["auroc"] == pytest.approx(whole["auroc"], abs=0.1)
     assert whole["seeds"] == 1
 
