@@ -71,7 +71,7 @@ FLAGS = {
         "--out",
         "--max-bad",
     },
-    "export": COMMON | {"run_folder", "--out", "--labelset"},
+    "export": COMMON | {"run_folder", "--out", "--labelset", "--to"},
     "embed": COMMON | {"bundle", "shards", "--out", "--split", "--include-text", "--max-bad"},
     "index": COMMON | {"embeddings", "--out", "--modality", "--include-text"},
     "search": COMMON | {"bundle", "index", "--text", "--image", "-k"},
