@@ -82,12 +82,27 @@ def _run_train(args: argparse.Namespace) -> None:
 
 def add_export(verbs: Verbs) -> None:
     parser = add_verb(verbs, "export", "a finished run to a bundle", "export runs/phantom --out bundle", _run_export)
-    parser.add_argument("run_folder", metavar="run", type=Path, help="folder of a finished run")
+    parser.add_argument(
+        "run_folder", metavar="run", type=Path, help="folder of a finished run; with --to transformers that of a bundle"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
     parser.add_argument("--labelset", nargs="*", default=["chexpert14"], help="label sets to carry")
+    parser.add_argument(
+        "--to",
+        choices=("bundle", "transformers"),
+        default="bundle",
+        help="transformers: a folder for Hugging Face's zero-shot-image-classification (default: bundle)",
+    )
 
 
 def _run_export(args: argparse.Namespace) -> None:
+    if args.to == "transformers":
+        from medclip_lab.inference.to_transformers import to_transformers
+
+        facts = to_transformers(args.run_folder, args.out, args.command)
+        difference = f"features within {facts['largest_difference']:.0e} of the bundle's"
+        say(args, facts, f"{args.out}: a {facts['class']}, {difference}")
+        return
     from medclip_lab.training.export import export
 
     manifest = export(args.run_folder, args.out, args.labelset, args.command)
