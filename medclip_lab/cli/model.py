@@ -35,10 +35,19 @@ def add_train(verbs: Verbs) -> None:
         "train --config configs/phantom.yaml --out runs/phantom --optim.lr=5e-4 --trainer.epochs=5",
         _run_train,
     )
-    parser.usage = "medclip-lab train --config FILE [--out DIR] [--settings] [--SECTION.NAME=VALUE ...]"
+    parser.usage = "medclip-lab train --config FILE [--out DIR] [--settings] [--profile [N]] [--SECTION.NAME=VALUE ...]"
     parser.add_argument("--config", type=Path, help="a YAML file, or the name of a shipped one")
     parser.add_argument("--out", default=None, help="folder of the run")
     parser.add_argument("--settings", action="store_true", help="list every setting with its default, and stop")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=5,
+        default=0,
+        metavar="N",
+        help="look at N steps (default: 5) with torch's profiler: a table, and a trace in the run's folder",
+    )
 
 
 def _run_train(args: argparse.Namespace) -> None:
@@ -57,7 +66,9 @@ def _run_train(args: argparse.Namespace) -> None:
     if not path.exists() and configs.shipped(f"{path}.yaml").exists():
         path = configs.shipped(f"{path}.yaml")
     overrides = [*args.overrides, f"--out={args.out}"] if args.out else args.overrides
-    run = train(configs.load_config(RunConfig, path, overrides))
+    if args.profile < 0:
+        raise UserError(f"--profile: a number of steps, got {args.profile}")
+    run = train(configs.load_config(RunConfig, path, overrides), profile=args.profile)
     if launched_world()[0] > 0:
         return  # one rank speaks
     last = [line for line in diary(run) if "loss" in line][-1]
@@ -71,12 +82,27 @@ def _run_train(args: argparse.Namespace) -> None:
 
 def add_export(verbs: Verbs) -> None:
     parser = add_verb(verbs, "export", "a finished run to a bundle", "export runs/phantom --out bundle", _run_export)
-    parser.add_argument("run_folder", metavar="run", type=Path, help="folder of a finished run")
+    parser.add_argument(
+        "run_folder", metavar="run", type=Path, help="folder of a finished run; with --to transformers that of a bundle"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
     parser.add_argument("--labelset", nargs="*", default=["chexpert14"], help="label sets to carry")
+    parser.add_argument(
+        "--to",
+        choices=("bundle", "transformers"),
+        default="bundle",
+        help="transformers: a folder for Hugging Face's zero-shot-image-classification (default: bundle)",
+    )
 
 
 def _run_export(args: argparse.Namespace) -> None:
+    if args.to == "transformers":
+        from medclip_lab.inference.to_transformers import to_transformers
+
+        facts = to_transformers(args.run_folder, args.out, args.command)
+        difference = f"features within {facts['largest_difference']:.0e} of the bundle's"
+        say(args, facts, f"{args.out}: a {facts['class']}, {difference}")
+        return
     from medclip_lab.training.export import export
 
     manifest = export(args.run_folder, args.out, args.labelset, args.command)

@@ -2,11 +2,13 @@
 
 import hashlib
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from medclip_lab.data.pipeline import Batch
 from medclip_lab.errors import UserError
@@ -14,8 +16,11 @@ from medclip_lab.losses.diagnostics import diagnose
 from medclip_lab.losses.functional import row_ids
 from medclip_lab.models.dual_encoder import DualEncoder, Features
 from medclip_lab.models.tokens import TOKENS
+from medclip_lab.training.freezing import Freezing
 from medclip_lab.training.gradient_cache import in_chunks, refuse_batch_statistics
-from medclip_lab.training.optim import OptimConfig, build_optimizer, lr_factor
+from medclip_lab.training.optim import OptimConfig, build_optimizer, parameter_groups
+from medclip_lab.training.precision import full_float32
+from medclip_lab.training.rules import treatments
 
 SCALE_RANGE = (1.0, 100.0)  # Radford et al. 2021: a larger scale makes training unstable
 
@@ -30,6 +35,7 @@ class ContrastiveModule(LightningModule):
         steps: length of the run, which the schedule needs.
         gradient_cache: rows of a tower's forward; 0 takes the whole batch at once.
         diagnose_every: steps between diagnostics of the batch; 0 never.
+        finish: makes ready, on this device, what the loader left of a batch.
     """
 
     def __init__(
@@ -40,6 +46,7 @@ class ContrastiveModule(LightningModule):
         steps: int,
         gradient_cache: int = 0,
         diagnose_every: int = 0,
+        finish: Callable[[Batch, torch.device], Batch] | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -48,6 +55,11 @@ class ContrastiveModule(LightningModule):
         self.steps = steps
         self.gradient_cache = gradient_cache
         self.diagnose_every = diagnose_every
+        self.finish = finish
+        self.grad_norm: Tensor | None = None
+        """Of the last step, before clipping."""
+        self.treated = treatments(encoder.model, optim, steps, loss)
+        self.freezing = Freezing(encoder.model, self._parameters_by_name, self.treated)
         wanted = (*getattr(loss, "inputs", ()), *getattr(loss, "optional_inputs", ()))
         encoder.tokens = frozenset(TOKENS) & frozenset(wanted)
         if gradient_cache and encoder.tokens:
@@ -57,6 +69,9 @@ class ContrastiveModule(LightningModule):
             )
         if gradient_cache:
             refuse_batch_statistics(encoder.model, gradient_cache)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        return self.finish(batch, self.device) if self.finish else batch
 
     def features(self, batch: Batch) -> Features:
         """Features of every modality, and second view of one, that the batch holds."""
@@ -85,14 +100,15 @@ class ContrastiveModule(LightningModule):
                 f"{type(self.loss).__name__} needs an image and a text of every study; some have one only. "
                 "Train on paired sources, or with a loss on labels such as SoftTargetClipLoss"
             )
-        terms: dict[str, Tensor] = self.loss(
-            features["image"],
-            features["text"],
-            self.encoder.logit_scale,
-            self.encoder.logit_bias,
-            **{name: value for name, value in given.items() if value is not None},
-            output_dict=True,
-        )
+        with full_float32():
+            terms: dict[str, Tensor] = self.loss(
+                features["image"],
+                features["text"],
+                self.encoder.logit_scale,
+                self.encoder.logit_bias,
+                **{name: value for name, value in given.items() if value is not None},
+                output_dict=True,
+            )
         terms = {"loss": terms.pop("contrastive_loss"), **terms}
         if diagnose_too:
             text_ids = row_ids(batch["text"])
@@ -117,11 +133,39 @@ class ContrastiveModule(LightningModule):
         with torch.no_grad():
             self.encoder.model.logit_scale.clamp_(math.log(least), math.log(most))
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self.freezing.at(self.global_step)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.freezing.set_norms(mode)
+        return self
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if gradient_clip_val:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # Of shards on many ranks the norm is a shard too.
+        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.encoder.model, self.optim, self.loss)
-        factor = lr_factor(self.steps, self.optim.warmup, self.optim.final_lr)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        groups = parameter_groups(self._parameters_by_name(), self.treated)
+        # A gradient scaler unscales before the clipping, which the fused kernel would do within its step.
+        fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+        optimizer, schedules = build_optimizer(groups, self.optim, fused)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedules)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _parameters_by_name(self) -> dict[str, nn.Parameter]:
+        own = {f"loss.{name}": parameter for name, parameter in self.loss.named_parameters()}
+        return dict(self.encoder.model.named_parameters()) | own
 
 
 def _input(name: str, features: Features, batch: Batch) -> Tensor | None:

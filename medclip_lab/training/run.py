@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from medclip_lab import distributed
 from medclip_lab.config import to_yaml
 from medclip_lab.data.manifest import Manifest
-from medclip_lab.data.pipeline import BatchStream, DataConfig, SourceConfig, loader, steps_once, steps_per_epoch
+from medclip_lab.data.pipeline import BatchStream, DataConfig, SourceConfig, loader, steps_once
 from medclip_lab.data.quarantine import listed
 from medclip_lab.data.tokenizer import Tokenizer
 from medclip_lab.errors import UserError
@@ -23,7 +23,10 @@ from medclip_lab.models.dual_encoder import ModelConfig
 from medclip_lab.training.build import prepare_model, start_temperature
 from medclip_lab.training.module import ContrastiveModule
 from medclip_lab.training.optim import OptimConfig
-from medclip_lab.training.trainer import TrainerConfig, build_trainer, quiet_lightning
+from medclip_lab.training.precision import compile_towers
+from medclip_lab.training.report import write_report
+from medclip_lab.training.show import shown
+from medclip_lab.training.trainer import TrainerConfig, budget, build_trainer, quiet_lightning
 
 CONFIG, MODEL, WEIGHTS = "config.yaml", "model.json", "model.safetensors"
 FACTS, DONE = "run.json", "done.json"
@@ -43,15 +46,18 @@ class RunConfig:
     """Folder of the run: config, tokenizer, checkpoints, metrics, weights."""
 
 
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig, profile: int = 0) -> Path:
     """Train, or go on where an interrupted run of the same folder was; returns the run folder.
+
+    Args:
+        profile: steps to look at with torch's profiler.
 
     Raises:
         UserError: a config that cannot work, a folder that holds another run, unusable data.
     """
     out = Path(config.out).expanduser()
     rank, world_size = distributed.launched_world()
-    steps = config.trainer.steps or max(1, round(config.trainer.epochs * steps_per_epoch(config.data)))
+    steps = budget(config.trainer, config.data)
     facts = {"steps": steps, "shards": _shards_of(config)}
     _refuse_other_run(config, facts, out)
     if (out / DONE).exists():
@@ -90,13 +96,31 @@ def train(config: RunConfig) -> Path:
                 quarantine_path=quarantine_path,
             )
         }
-        if config.trainer.val_every:
+        if config.trainer.validates:
             streams["val"] = _validation_stream(config, tokenizer, rank, world_size, quarantine_path)
         module = ContrastiveModule(
-            encoder, loss, config.optim, steps, config.trainer.gradient_cache, config.trainer.log_every
+            encoder,
+            loss,
+            config.optim,
+            steps,
+            config.trainer.gradient_cache,
+            config.trainer.log_every,
+            streams["train"].finish,
         )
         val_batches = len(streams["val"]) if "val" in streams else 0
-        trainer = build_trainer(config.trainer, out, steps, config.optim.clip_norm, val_batches)
+        if config.trainer.compile:
+            compile_towers(encoder.model, config.trainer.compile)
+        callbacks, loggers = shown(config, out, start, encoder, tokenizer, profile)
+        trainer = build_trainer(
+            config.trainer,
+            out,
+            steps,
+            config.optim.clip_norm,
+            val_batches,
+            callbacks=callbacks,
+            loggers=loggers,
+            thaws=module.freezing.changes,
+        )
         begin = time.monotonic()
         try:
             trainer.fit(
@@ -119,8 +143,10 @@ def train(config: RunConfig) -> Path:
         with atomic_file(out / WEIGHTS) as temporary:
             save_file(encoder.weights(), temporary)
         seconds = round(time.monotonic() - begin, 1)
-        done = {"steps": steps, "resumed_at": start, "seconds": seconds, "world_size": world_size}
-        write_json(out / DONE, done | {"unusable": listed(quarantine_path)})
+        done: dict[str, Any] = {"steps": steps, "resumed_at": start, "seconds": seconds, "world_size": world_size}
+        done["unusable"] = listed(quarantine_path)
+        write_json(out / DONE, done)
+        write_report(out, config, done)
     return out
 
 
@@ -128,14 +154,16 @@ def _validation_stream(
     config: RunConfig, tokenizer: Tokenizer, rank: int, world_size: int, quarantine_path: Path
 ) -> BatchStream:
     if trained := [name for name, source in config.data.sources.items() if "val" in source.split.split("+")]:
-        raise UserError(f"trainer.val_every: data.sources.{trained[0]} trains on the split 'val'; set val_every to 0")
+        raise UserError(
+            f"trainer: data.sources.{trained[0]} trains on the split 'val'; set val_every and val_minutes to 0"
+        )
     sources = {
         name: SourceConfig(source.shards, "val", source.weight)
         for name, source in config.data.sources.items()
         if any(shard.split == "val" for shard in Manifest.load(source.shards).shards)
     }
     if len(sources) < len(config.data.sources):
-        raise UserError("trainer.val_every: a source has no split 'val'; set it to 0")
+        raise UserError("trainer: a source has no split 'val' to validate on; set val_every and val_minutes to 0")
     data = DataConfig(**{**vars(config.data), "sources": sources, "workers": 0, "control": "none"})
     # The last batch may be short: a small validation split is no reason to refuse a run.
     steps = steps_once(data, world_size)
