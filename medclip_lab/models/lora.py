@@ -17,8 +17,8 @@ class LoraConfig:
     target: str
     """Regular expression that the whole name of a module must match, names as the tower's `named_modules()` gives
     them: linear and convolutional layers, embeddings, and attentions of torch, of which queries, keys and values adapt.
-    ".*[qv]_proj" is usual for a Llama, ".*(query|value)" for a BERT, ".*attn.qkv" for a ViT of timm, ".*attn" for one of
-    open_clip."""
+    ".*[qv]_proj" is usual for a Llama, ".*(query|value)" for a BERT, ".*attn.qkv" for a ViT of timm, ".*attn" for
+    one of open_clip."""
     rank: int = 8
     alpha: int = 16
     """The change is scaled by alpha / rank."""
