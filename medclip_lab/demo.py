@@ -159,6 +159,7 @@ def _config(out: Path, shards: Path, seed: int, *more: str) -> RunConfig:
 
 def _control(out: Path, shards: Path, seed: int) -> RunConfig:
     config = _config(out, shards, seed, "--data.control=shuffled_pairs", "--trainer.val_every=0")
+    assert config.trainer.epochs is not None
     config.trainer.epochs *= CONTROL_EPOCHS
     return config
 

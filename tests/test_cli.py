@@ -55,8 +55,9 @@ FLAGS = {
         "--seed",
     },
     "shards check": COMMON | {"shards", "--no-decode", "--out"},
+    "shards leaks": COMMON | {"train", "test", "--train-split", "--test-split", "--out", "--max-bad"},
     "shards repair": COMMON | {"shards", "--no-decode", "--out"},
-    "train": COMMON | {"--config", "--out", "--replay", "--resume", "--settings"},
+    "train": COMMON | {"--config", "--out", "--profile", "--replay", "--resume", "--settings"},
     "evaluate": COMMON
     | {
         "bundle",
@@ -70,7 +71,7 @@ FLAGS = {
         "--out",
         "--max-bad",
     },
-    "export": COMMON | {"run_folder", "--out", "--labelset"},
+    "export": COMMON | {"run_folder", "--out", "--labelset", "--to"},
     "embed": COMMON | {"bundle", "shards", "--out", "--split", "--include-text", "--max-bad"},
     "index": COMMON | {"embeddings", "--out", "--modality", "--include-text"},
     "search": COMMON | {"bundle", "index", "--text", "--image", "-k"},

@@ -22,6 +22,7 @@ class Part:
 @dataclass
 class Whole:
     parts: dict[str, Part] = field(default_factory=dict)
+    more: list[Part] = field(default_factory=list)
     size: int = 8
     span: tuple[float, float] = (0.0, 1.0)
 
@@ -37,14 +38,14 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    config = Whole({"a": Part("x", 2.0)}, 4, (0.1, 0.2))
+    config = Whole({"a": Part("x", 2.0)}, [Part("y")], 4, (0.1, 0.2))
     assert load_config(Whole, write(tmp_path, to_yaml(config))) == config
 
 
 def test_overrides_win(tmp_path: Path) -> None:
     path = write(tmp_path, "size: 2\nparts:\n  a: {shards: x}\n")
     config = load_config(Whole, path, ["--size=3", "--parts.a.weight=1e-4", "--parts.b.shards=y"])
-    assert config == Whole({"a": Part("x", 1e-4), "b": Part("y")}, 3)
+    assert config == Whole({"a": Part("x", 1e-4), "b": Part("y")}, size=3)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,7 @@ def test_overrides_win(tmp_path: Path) -> None:
     [
         ("size: 2\nsizes: 3\n", [], r"run\.yaml:2: unknown key sizes; did you mean size\?"),
         ("parts:\n  a:\n    shards: x\n    wieght: 2\n", [], r"run\.yaml:4: unknown key parts\.a\.wieght; .*weight"),
+        ("more:\n- shards: x\n- shards: y\n  wieght: 2\n", [], r"run\.yaml:4: unknown key more\.1\.wieght; .*weight"),
         ("size: many\n", [], r"run\.yaml:1: size: .*int.*many"),
         ("parts:\n  a: {shards: x}\n  b:\n    weight: heavy\n    shards: y\n", [], r"run\.yaml:\d: .*float.*heavy"),
         ("parts:\n  a: {weight: 2}\n", [], r"run\.yaml:\d: parts.*shards is missing"),

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ def add_bench(verbs: Verbs) -> None:
     )
     parser.add_argument(
         "what",
-        choices=["losses", "data", "resume"],
+        choices=["losses", "data", "resume", "train", "scale"],
         help="losses: forward and backward beside open_clip's; data: training batches a second beside open_clip's; "
-        "resume: going on in the middle of an epoch",
+        "resume: going on in the middle of an epoch; train: samples a second beside a bare loop and open_clip's "
+        "trainer; scale: a model of a step fitted here and taken to many GPUs",
     )
     parser.add_argument(
         "--batch", type=int, default=None, help="rows of features (default: 8192; on a GPU several); data: samples (64)"
@@ -32,8 +34,8 @@ def add_bench(verbs: Verbs) -> None:
     losses = parser.add_argument_group("losses")
     losses.add_argument("--dim", type=int, default=None, help="embed dim (default: 768; on a GPU several)")
     losses.add_argument("--device", default="cpu", help="cpu: float32; cuda: bfloat16 and the fused kernels")
-    losses.add_argument("--only", nargs="+", default=None, help="names of losses (default: all)")
-    data = parser.add_argument_group("data, resume")
+    losses.add_argument("--only", nargs="+", default=None, help="names of losses, or of cases of train (default: all)")
+    data = parser.add_argument_group("data, resume, train")
     data.add_argument("--shards", nargs="+", type=Path, default=[], help="folders of shards to read")
     data.add_argument("--make", nargs="+", default=[], help="sets to make and read: 1024-jpeg, 320-jpeg, 512-png16")
     data.add_argument("--size", type=int, default=224, help="side of the images in a batch (default: 224)")
@@ -47,6 +49,10 @@ def _run_bench(args: argparse.Namespace) -> None:
         _bench_data(args)
     elif args.what == "resume":
         _bench_resume(args)
+    elif args.what == "train":
+        _bench_train(args)
+    elif args.what == "scale":
+        _bench_scale(args)
     elif args.device == "cuda":
         _bench_on_gpu(args)
     else:
@@ -72,29 +78,47 @@ def _bench_losses(args: argparse.Namespace) -> None:
 
 def _bench_data(args: argparse.Namespace) -> None:
     from medclip_lab.bench.data import bench_data, table
-    from medclip_lab.files import write_json
 
     samples = 512 if args.samples is None else args.samples
-    result = bench_data(args.shards, args.make, args.size, args.batch or 64, samples, args.repeats or 5, _tell)
+    _keep(
+        args,
+        bench_data(args.shards, args.make, args.size, args.batch or 64, samples, args.repeats or 5, _tell),
+        table,
+    )
+
+
+def _bench_resume(args: argparse.Namespace) -> None:
+    from medclip_lab.bench.resume import bench_resume
+
+    told = ("first_batch_seconds", "peak_mib", "lost", "repeated")
+    samples = 1_000_000 if args.samples is None else args.samples
+    result = bench_resume(samples, args.batch or 64, _tell)
+    _keep(args, result, lambda result: "\n".join(f"{name:<22}{result[name]}" for name in told))
+
+
+def _bench_train(args: argparse.Namespace) -> None:
+    from medclip_lab.bench.train import bench_train, table
+
+    shards = args.shards[0] if args.shards else None
+    samples = 512 if args.samples is None else args.samples
+    _keep(args, bench_train(args.only or (), shards, samples, args.repeats or 3, _tell), table)
+
+
+def _bench_scale(args: argparse.Namespace) -> None:
+    from medclip_lab.bench.scale import bench_scale, table
+
+    _keep(args, bench_scale(_tell), table)
+
+
+def _keep(args: argparse.Namespace, result: dict[str, Any], table: Callable[[dict[str, Any]], str]) -> None:
+    """Write a result with its command, if a file is named, and tell it."""
+    from medclip_lab.files import write_json
+
     result = {"command": args.command, **result}
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, result)
     say(args, result, table(result))
-
-
-def _bench_resume(args: argparse.Namespace) -> None:
-    from medclip_lab.bench.resume import bench_resume
-    from medclip_lab.files import write_json
-
-    samples = 1_000_000 if args.samples is None else args.samples
-    result = bench_resume(samples, args.batch or 64, _tell)
-    result = {"command": args.command, **result}
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, result)
-    told = ("first_batch_seconds", "peak_mib", "lost", "repeated")
-    say(args, result, "\n".join(f"{name:<22}{result[name]}" for name in told))
 
 
 def _bench_on_gpu(args: argparse.Namespace) -> None:

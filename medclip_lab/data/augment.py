@@ -48,6 +48,9 @@ class AugmentConfig:
     """Contrast is multiplied by 1 plus up to this much either way."""
     clahe: float = 0.0
     """Share of images whose contrast is equalised locally."""
+    views: int = 1
+    """Images of a study, changed apart from each other; 2 for losses that compare them: the second is another image of
+    the study where it has one, else the same once more."""
 
     def __post_init__(self) -> None:
         if not 0 < self.crop[0] <= self.crop[1] <= 1 or self.aspect < 1:
@@ -57,6 +60,8 @@ class AugmentConfig:
             )
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"augment.scale: two growing positive numbers, got {list(self.scale)}")
+        if self.views not in (1, 2):
+            raise ValueError(f"augment.views is 1 or 2, got {self.views}")
 
     @property
     def crops(self) -> bool:

@@ -89,6 +89,23 @@ def decode_image(
     return Decoded(image, inverted=inverted and image.mode in DEEP_MODES)  # Pillow itself inverts 8 bits
 
 
+def jpeg_channels(data: bytes, suffix: str, max_pixels: int = MAX_PIXELS) -> int:
+    """1 or 3 for a grey or a colour JPEG with 8 bits, by its header; 0 for anything else.
+
+    Raises:
+        DecodeError: a broken header, too many pixels.
+    """
+    if PILLOW_FORMATS.get(suffix) != "JPEG":
+        return 0
+    try:
+        image = _open(data, suffix, None, max_pixels)
+    except DecodeError:
+        raise
+    except Exception as error:  # as above
+        raise DecodeError(f"broken {suffix}: {type(error).__name__}") from None
+    return {"L": 1, "RGB": 3}.get(image.mode, 0)
+
+
 def _open(data: bytes, suffix: str, frame: int | None, max_pixels: int) -> Image.Image:
     """The image with its header read and checked, and no pixel decoded."""
     kind = PILLOW_FORMATS[suffix]

@@ -2,8 +2,8 @@
 
 A batch is a dict: "image" uint8 [N, C, H, W], "text" int64 [M, L], "image_labels" [N, K] and
 "text_labels" [M, K] (1, 0, -1, NaN for not mentioned), "image_id" and "text_id" (study ids of the rows) and
-"patient_id" of the images; with `text.views` 2 also "second_text" [M, L]. A modality that a study lacks has no row: N
-and M may differ, and then rows are no pairs.
+"patient_id" of the images; with `augment.views` 2 also "second_image", with `text.views` 2 "second_text". A modality
+that a study lacks has no row: N and M may differ, and then rows are no pairs.
 """
 
 import math
@@ -15,18 +15,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from medclip_lab.data.augment import AugmentConfig, augment, crop_box
-from medclip_lab.data.decode import DecodeError, decode_image
+from medclip_lab.data.augment import AugmentConfig
 from medclip_lab.data.findings import CHEXPERT14
+from medclip_lab.data.images import Images, Picture
 from medclip_lab.data.manifest import Manifest, Shard
 from medclip_lab.data.order import Place, Plan, Row, SourceOrder
-from medclip_lab.data.preprocess import Preprocess, PreprocessConfig, stack
+from medclip_lab.data.preprocess import Preprocess, PreprocessConfig
 from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.reader import BadSampleError, Reader, Study, labels_in
-from medclip_lab.data.text import Rarity, TextConfig, draw_texts
+from medclip_lab.data.text import Rarity, TextConfig, draw_texts, whole_report
 from medclip_lab.data.tokenizer import Tokenizer
 from medclip_lab.errors import UserError
 
@@ -83,6 +82,10 @@ class DataConfig:
     scaled_decode: bool = True
     """In training a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that still covers `preprocess.size`;
     validation and bundles decode every pixel."""
+    finish_on: Literal["loader", "device"] = "loader"
+    """Where training images are made ready. "device" decodes JPEGs (nvJPEG, at their full size), resizes and augments
+    where the towers are: for machines whose cores cannot keep up with their GPU. Wants the extra `decode`. Pixels are
+    not those of a loader process to the bit."""
     shuffle_size: int = 10_000
     """Studies of a lane that are shuffled together."""
     lanes: int = 1
@@ -174,7 +177,13 @@ class BatchStream(IterableDataset[Batch]):
         self.rank, self.world_size = rank, world_size
         if config.batch_size < world_size:
             raise UserError(f"data.batch_size is {config.batch_size}: {world_size} ranks need a row each")
-        self.preprocess = Preprocess(config.preprocess)
+        self.images = Images(
+            Preprocess(config.preprocess),
+            config.augment,
+            training=training,
+            scaled=config.scaled_decode,
+            on_device=config.finish_on == "device",
+        )
         manifests = {name: Manifest.load(source.shards) for name, source in config.sources.items()}
         self.shards: dict[str, tuple[Shard, ...]] = {
             name: manifests[name].of_split(source.split) for name, source in config.sources.items()
@@ -237,29 +246,27 @@ class BatchStream(IterableDataset[Batch]):
 
     def batch(self, rows: list[Row], step: int, readers: dict[str, Reader]) -> Batch:
         """Read, decode, augment and tokenize the rows of a step that are this rank's."""
-        images: list[Tensor] = []
-        image_labels, image_ids, patients, seeds = [], [], [], []
+        images: list[list[Picture]] = []  # of each study its views
+        image_labels, image_ids, patients = [], [], []
         texts, text_labels, text_ids = [], [], []  # of each text its views
         for row in rows:
             chance = random.Random(f"row {self.seed} {step} {row.number}")
             for study in self._studies(row, step, readers):
                 if not study.images:
                     break
-                seed = chance.getrandbits(63)
-                image = self._image(study, chance, seed, self.quarantines[row.source])
-                if image is not None:
-                    images.append(image)
+                views = self.images.views(study, row.source, chance, self.quarantines[row.source])
+                if views:
+                    images.append(views)
                     image_labels.append(self._vector(study.record.get("labels") or {}))
                     image_ids.append(study.record["study_id"])
                     patients.append(study.record["patient_id"])
-                    seeds.append(seed)
                     break
             else:
                 continue  # nothing usable stands here; its text alone would shift every later pair by a row
             if self.training:
                 drawn = draw_texts(study.record, self.config.text, chance, self.rarity.get(row.source))
             else:
-                drawn = [(study.record.get("text") or "", study.record.get("labels") or {})] * self.config.text.views
+                drawn = [whole_report(study.record, self.config.text)] * self.config.text.views
             if drawn[0][0]:
                 texts.append([text for text, _ in drawn])
                 text_labels.append(self._vector(drawn[0][1]))
@@ -270,13 +277,12 @@ class BatchStream(IterableDataset[Batch]):
             texts, text_labels = texts[shift:] + texts[:shift], text_labels[shift:] + text_labels[:shift]
         batch: Batch = {"image_id": image_ids, "text_id": text_ids, "patient_id": patients}
         if images:
-            pixels = stack(images)
-            if self.training:
-                pixels = augment(pixels, self.config.augment, seeds)
-            batch |= {"image": pixels, "image_labels": torch.tensor(image_labels)}
+            columns = zip(("image", "second_image"), zip(*images, strict=True), strict=False)
+            batch |= {name: self.images.together(view) for name, view in columns}
+            batch["image_labels"] = torch.tensor(image_labels)
         if texts:
-            views = zip(("text", "second_text"), zip(*texts, strict=True), strict=False)
-            batch |= {name: self.tokenizer(list(view)) for name, view in views}
+            views_of_text = zip(("text", "second_text"), zip(*texts, strict=True), strict=False)
+            batch |= {name: self.tokenizer(list(view)) for name, view in views_of_text}
             batch["text_labels"] = torch.tensor(text_labels)
         if not (images or texts or self.training) and self.world_size > 1:
             batch |= self._no_rows()
@@ -294,6 +300,10 @@ class BatchStream(IterableDataset[Batch]):
             "text_labels": torch.zeros(0, labels),
         }
 
+    def finish(self, batch: Batch, device: torch.device) -> Batch:
+        """The batch with its images' pixels on `device`, if a loader process left them to it; see `Images.finish`."""
+        return self.images.finish(batch, device, self.quarantines)
+
     def _studies(self, row: Row, step: int, readers: dict[str, Reader]) -> Iterator[Study]:
         """The study of a row; in training then those that stand in for it, one after the other, if it is bad."""
         shards, quarantine = self.shards[row.source], self.quarantines[row.source]
@@ -309,18 +319,6 @@ class BatchStream(IterableDataset[Batch]):
                 quarantine.add(shards[place.shard].name, error.key, *error.fault, number=place.sample)
                 if error.fault.cause == "unreadable shard":
                     unreadable.add(place.shard)
-
-    def _image(self, study: Study, chance: random.Random, seed: int, quarantine: Quarantine) -> Tensor | None:
-        """One image of a study: the first, in training any that can be decoded."""
-        order = chance.sample(study.images, len(study.images)) if self.training else study.images[:1]
-        box = crop_box(self.config.augment, seed) if self.training else None
-        at_least = self.preprocess.at_least(box) if self.training and self.config.scaled_decode else None
-        for suffix, data in order:
-            try:
-                return self.preprocess(decode_image(data, suffix, at_least=at_least), box)
-            except DecodeError as error:
-                quarantine.add(study.shard, study.key, "unreadable image", str(error), number=study.number)
-        return None
 
     def _vector(self, labels: dict[str, int | None]) -> list[float]:
         values = (labels.get(name) for name in self.config.labels)

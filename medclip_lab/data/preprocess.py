@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
 import torch
-from open_clip.transform import CenterCropOrPad, ResizeKeepRatio
+from open_clip.transform import CenterCropOrPad
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+from torchvision.transforms import functional as F
 from torchvision.transforms.functional import pil_to_tensor
 
 from medclip_lab.data.decoded import Decoded, Window
@@ -81,7 +82,7 @@ class Preprocess:
         steps: dict[str, list[Any]] = {
             "shortest": [Resize(config.size, mode), CenterCrop(config.size)],
             "longest": [
-                ResizeKeepRatio(config.size, interpolation=mode, longest=1),
+                _Longest(config.size, mode),
                 CenterCropOrPad(config.size, fill=config.fill_color),
             ],
             "squash": [Resize((config.size, config.size), mode)],
@@ -103,6 +104,17 @@ class Preprocess:
         pixels: Tensor = pil_to_tensor(self._geometry(picture))
         return pixels
 
+    def resize(self, pixels: Tensor, box: Box | None = None) -> Tensor:
+        """uint8 [C, size, size] from pixels [C, H, W] with 8 bits, on their device.
+
+        Pixels differ by a level or two from those of `__call__`: Pillow rounds between its two passes.
+        """
+        if box is not None:
+            left, top, right, bottom = _pixels(box, pixels.shape[-1], pixels.shape[-2])
+            pixels = pixels[..., top:bottom, left:right]
+        resized: Tensor = self._geometry(pixels)
+        return resized
+
     def at_least(self, box: Box | None = None) -> int:
         """The least side, in pixels, of an image that this need not magnify: for `decode_image`."""
         share = 1.0 if box is None else min(box[2] - box[0], box[3] - box[1])
@@ -116,6 +128,18 @@ class Preprocess:
         """
         decoded = image if isinstance(image, Decoded) else Decoded(image)
         return decoded.eight_bits(self.config.window, self.config.percentiles)
+
+
+class _Longest:
+    """Resizes the longer side, as open_clip's ResizeKeepRatio does, which knows no tensors."""
+
+    def __init__(self, size: int, mode: InterpolationMode) -> None:
+        self.size, self.mode = size, mode
+
+    def __call__(self, image: Any) -> Any:
+        _, height, width = F.get_dimensions(image)
+        ratio = max(height, width) / self.size
+        return F.resize(image, [round(height / ratio), round(width / ratio)], self.mode)
 
 
 def _pixels(box: Box, width: int, height: int) -> tuple[int, int, int, int]:

@@ -75,6 +75,12 @@ def draw_texts(
     return [draw_text(record, policy, chance, rarity) for _ in range(policy.views)]
 
 
+def whole_report(record: dict[str, Any], policy: TextConfig) -> tuple[str, Labels]:
+    """The whole report and its labels: marks and references to priors are treated as in training, nothing is drawn."""
+    whole = TextConfig(marks=policy.marks, mask=policy.mask, priors=policy.priors)
+    return draw_text(record, whole, random.Random(0))
+
+
 def draw_text(
     record: dict[str, Any], policy: TextConfig, chance: random.Random, rarity: Rarity | None = None
 ) -> tuple[str, Labels]:

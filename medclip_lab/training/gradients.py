@@ -1,26 +1,30 @@
 """Gradients of parameters of which some may be in shards: their norm, their clipping, their groups."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+T = TypeVar("T")
 
-def separate(optimizer: torch.optim.Optimizer, towers: Iterable[nn.Parameter]) -> None:
-    """Split the groups of a fresh optimizer so that none holds both parameters of the towers and others.
+
+def separate(
+    groups: Iterable[tuple[T, list[nn.Parameter]]], towers: Collection[nn.Parameter]
+) -> list[tuple[T, list[nn.Parameter]]]:
+    """Split groups of an optimizer so that none holds both parameters of the towers and others.
 
     An optimizer takes the tensors of a group in one go, which shards and whole ones cannot share. Done without shards
     too, the groups are the same ones whatever the strategy, and so is the checkpoint.
     """
-    inside = set(towers)
-    groups = []
-    for group in optimizer.param_groups:
-        for part in ([p for p in group["params"] if p in inside], [p for p in group["params"] if p not in inside]):
-            if part:
-                groups.append(group | {"params": part})
-    optimizer.param_groups[:] = groups
+    split = []
+    for kind, parameters in groups:
+        inside = [parameter for parameter in parameters if parameter in towers]
+        others = [parameter for parameter in parameters if parameter not in towers]
+        split += [(kind, part) for part in (inside, others) if part]
+    return split
 
 
 def global_norm(tensors: Iterable[Tensor]) -> Tensor:

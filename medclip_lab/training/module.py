@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,9 +15,13 @@ from medclip_lab.errors import UserError
 from medclip_lab.losses.diagnostics import diagnose
 from medclip_lab.losses.functional import row_ids
 from medclip_lab.models.dual_encoder import DualEncoder, Features
+from medclip_lab.models.tokens import TOKENS
+from medclip_lab.training.freezing import Freezing
 from medclip_lab.training.gradient_cache import in_chunks, refuse_batch_statistics
 from medclip_lab.training.gradients import clip, global_norm, separate
-from medclip_lab.training.optim import OptimConfig, build_optimizer, lr_factor
+from medclip_lab.training.optim import OptimConfig, build_optimizer, parameter_groups
+from medclip_lab.training.precision import full_float32
+from medclip_lab.training.rules import treatments
 
 SCALE_RANGE = (1.0, 100.0)  # Radford et al. 2021: a larger scale makes training unstable
 
@@ -31,6 +36,7 @@ class ContrastiveModule(LightningModule):
         steps: length of the run, which the schedule needs.
         gradient_cache: rows of a tower's forward; 0 takes the whole batch at once.
         diagnose_every: steps between diagnostics of the batch; 0 never.
+        finish: makes ready, on this device, what the loader left of a batch.
     """
 
     def __init__(
@@ -41,6 +47,7 @@ class ContrastiveModule(LightningModule):
         steps: int,
         gradient_cache: int = 0,
         diagnose_every: int = 0,
+        finish: Callable[[Batch, torch.device], Batch] | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -48,13 +55,26 @@ class ContrastiveModule(LightningModule):
         self.optim = optim
         self.steps = steps
         self.gradient_cache = gradient_cache
+        self.diagnose_every = diagnose_every
+        self.finish = finish
         self.terms_now: dict[str, Tensor] = {}
         """Of the step that is being made."""
-        self.gradient_norm: Tensor | None = None
-        """Of all parameters together, before clipping; whoever looks at gradients before they are clipped sets it."""
-        self.diagnose_every = diagnose_every
+        self.grad_norm: Tensor | None = None
+        """Of the last step, before clipping."""
+        self.treated = treatments(encoder.model, optim, steps, loss)
+        self.freezing = Freezing(encoder.model, self._parameters_by_name, self.treated)
+        wanted = (*getattr(loss, "inputs", ()), *getattr(loss, "optional_inputs", ()))
+        encoder.tokens = frozenset(TOKENS) & frozenset(wanted)
+        if gradient_cache and encoder.tokens:
+            raise UserError(
+                f"trainer.gradient_cache: {type(loss).__name__} takes {', '.join(sorted(encoder.tokens))}, which are "
+                "not kept in chunks: set it to 0"
+            )
         if gradient_cache:
             refuse_batch_statistics(encoder.model, gradient_cache)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        return self.finish(batch, self.device) if self.finish else batch
 
     def features(self, batch: Batch) -> Features:
         """Features of every modality, and second view of one, that the batch holds."""
@@ -93,14 +113,15 @@ class ContrastiveModule(LightningModule):
                 f"{type(self.loss).__name__} needs an image and a text of every study; some have one only. "
                 "Train on paired sources, or with a loss on labels such as SoftTargetClipLoss"
             )
-        terms: dict[str, Tensor] = self.loss(
-            features["image"],
-            features["text"],
-            self.encoder.logit_scale,
-            self.encoder.logit_bias,
-            **{name: value for name, value in given.items() if value is not None},
-            output_dict=True,
-        )
+        with full_float32():
+            terms: dict[str, Tensor] = self.loss(
+                features["image"],
+                features["text"],
+                self.encoder.logit_scale,
+                self.encoder.logit_bias,
+                **{name: value for name, value in given.items() if value is not None},
+                output_dict=True,
+            )
         terms = {"loss": terms.pop("contrastive_loss"), **terms}
         if diagnose_too:
             text_ids = row_ids(batch["text"])
@@ -111,7 +132,7 @@ class ContrastiveModule(LightningModule):
     def training_step(self, batch: Batch, index: int) -> dict[str, Tensor]:
         # The step that ends with this batch is the one the metrics file writes down.
         terms = self.terms(batch, bool(self.diagnose_every) and (self.global_step + 1) % self.diagnose_every == 0)
-        self.terms_now = {name: value.detach() for name, value in terms.items()}
+        self.terms_now, self.grad_norm = {name: value.detach() for name, value in terms.items()}, None
         return terms
 
     def on_validation_epoch_start(self) -> None:
@@ -128,19 +149,6 @@ class ContrastiveModule(LightningModule):
         total, rows = distributed.all_sum(self._validated)
         self.log("val_loss", (total / rows).float())
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Any,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        if gradient_clip_val:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = self.gradient_norm
-            if norm is None:
-                norm = global_norm(p.grad for p in parameters if p.grad is not None)
-            clip(parameters, norm, float(gradient_clip_val))
-
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         # Here, and not in a hook after the batch: whoever saves then must see what the next step will start from.
@@ -148,12 +156,43 @@ class ContrastiveModule(LightningModule):
         with torch.no_grad():
             self.encoder.model.logit_scale.clamp_(math.log(least), math.log(most))
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self.freezing.at(self.global_step)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.freezing.set_norms(mode)
+        return self
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        norm = self.measure_gradient(optimizer) if self.grad_norm is None else self.grad_norm
+        if gradient_clip_val:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            clip(parameters, norm, float(gradient_clip_val))
+
+    def measure_gradient(self, optimizer: Any) -> Tensor:
+        """Take the norm of all gradients, on all ranks the same, before they are clipped."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.grad_norm = global_norm(p.grad for p in parameters if p.grad is not None)
+        return self.grad_norm
+
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.encoder.model, self.optim, self.loss)
-        separate(optimizer, [p for p in self.encoder.model.parameters() if p.ndim])
-        factor = lr_factor(self.steps, self.optim.warmup, self.optim.final_lr)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        towers = {parameter for parameter in self.encoder.model.parameters() if parameter.ndim}
+        groups = separate(parameter_groups(self._parameters_by_name(), self.treated), towers)
+        # A gradient scaler unscales before the clipping, which the fused kernel would do within its step.
+        fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+        optimizer, schedules = build_optimizer(groups, self.optim, fused)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedules)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _parameters_by_name(self) -> dict[str, nn.Parameter]:
+        own = {f"loss.{name}": parameter for name, parameter in self.loss.named_parameters()}
+        return dict(self.encoder.model.named_parameters()) | own
 
 
 def _input(name: str, features: Features, batch: Batch) -> Tensor | None:

@@ -86,10 +86,12 @@ def replay(dump: str | Path) -> dict[str, Any]:
     module = ContrastiveModule(encoder, loss, config.optim, 1, config.trainer.gradient_cache)
     module.load_state_dict(load_file(folder / WEIGHTS))
     number = int(told["batch"])
-    batch = next(iter(BatchStream(config.data, tokenizer, number + 1, start=number, seed=config.seed)))
+    stream = BatchStream(config.data, tokenizer, number + 1, start=number, seed=config.seed)
+    batch = next(iter(stream))
     device = torch.device("cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     module.to(device).train()
     batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    batch = stream.finish(batch, device)
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(told["precision"])
     restore_random(load_file(folder / RANDOM))
     with torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None):

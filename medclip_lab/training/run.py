@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 
 from lightning.pytorch import Trainer, seed_everything
 from safetensors.torch import save_file
+from torch import Tensor
 
 from medclip_lab import distributed
 from medclip_lab.config import to_yaml
 from medclip_lab.data.manifest import Manifest
-from medclip_lab.data.pipeline import BatchStream, DataConfig, SourceConfig, loader, steps_once, steps_per_epoch
+from medclip_lab.data.pipeline import BatchStream, DataConfig, SourceConfig, loader, steps_once
 from medclip_lab.data.quarantine import listed
 from medclip_lab.data.tokenizer import Tokenizer
 from medclip_lab.doctor import commit
@@ -26,13 +27,16 @@ from medclip_lab.training.checkpoint import CheckpointConfig, Store
 from medclip_lab.training.checkpoint_files import read_tensors, tensors_in
 from medclip_lab.training.module import ContrastiveModule
 from medclip_lab.training.optim import OptimConfig
+from medclip_lab.training.precision import compile_towers
 from medclip_lab.training.ranks import RanksConfig, code_version, flat, refuse_odd_ranks
+from medclip_lab.training.report import write_report
 from medclip_lab.training.resume import CONFIG, DONE, FACTS, Start, find_start, refuse_other_run, start_of
 from medclip_lab.training.saving import Saver, Saving
 from medclip_lab.training.sharding import ShardedModule
+from medclip_lab.training.show import shown
 from medclip_lab.training.strategies import build_strategy
 from medclip_lab.training.survival import Asked, RollBackError, SurvivalConfig, Watch, listening
-from medclip_lab.training.trainer import TrainerConfig, build_trainer, device_of, quiet_lightning
+from medclip_lab.training.trainer import TrainerConfig, budget, build_trainer, device_of, quiet_lightning
 
 MODEL, WEIGHTS = "model.json", "model.safetensors"
 T = TypeVar("T")
@@ -55,7 +59,7 @@ class RunConfig:
     """Folder of the run: config, tokenizer, checkpoints, metrics, weights."""
 
 
-def train(config: RunConfig, resume: str = "auto") -> Path:
+def train(config: RunConfig, resume: str = "auto", profile: int = 0) -> Path:
     """Train, or go on where an interrupted run of the same folder was; returns the run folder.
 
     Args:
@@ -63,6 +67,7 @@ def train(config: RunConfig, resume: str = "auto") -> Path:
             refuses a folder that has one; else a checkpoint, or a run whose newest is meant, to begin with: of the same
             model, data, loss and seed, whatever its schedule was. Once the run has checkpoints of its own it goes on
             from those.
+        profile: steps to look at with torch's profiler.
 
     Raises:
         UserError: a config that cannot work, a folder that holds another run, unusable data.
@@ -71,7 +76,7 @@ def train(config: RunConfig, resume: str = "auto") -> Path:
     with quiet_lightning(), listening() as asked:
         try:
             with distributed.joined(config.ranks.timeout, device_of(config.trainer).type == "cuda"):
-                return _train(config, resume, asked)
+                return _train(config, resume, profile, asked)
         except Exception as error:
             if not distributed.lost_another(error):
                 raise
@@ -82,13 +87,12 @@ def train(config: RunConfig, resume: str = "auto") -> Path:
             ) from None
 
 
-def _train(config: RunConfig, resume: str, asked: Asked) -> Path:
+def _train(config: RunConfig, resume: str, profile: int, asked: Asked) -> Path:
     out = Path(config.out).expanduser()
     facts: dict[str, Any] = {}
     problem = None
     try:
-        steps = config.trainer.steps or max(1, round(config.trainer.epochs * steps_per_epoch(config.data)))
-        facts = {"steps": steps, "shards": _shards_of(config)}
+        facts = {"steps": budget(config.trainer, config.data), "shards": _shards_of(config)}
         _refuse_uneven(config)
         refuse_other_run(config, facts, out)
     except UserError as error:
@@ -103,7 +107,7 @@ def _train(config: RunConfig, resume: str, asked: Asked) -> Path:
     rolled_back = 0
     while True:
         try:
-            _attempt(config, facts, store, asked, start, rolled_back)
+            _attempt(config, facts, store, asked, start, rolled_back, profile)
             return out
         except RollBackError as back:
             rolled_back += 1
@@ -128,7 +132,13 @@ def _first(act: Callable[[], T]) -> T:
 
 
 def _attempt(
-    config: RunConfig, facts: dict[str, Any], store: Store, asked: Asked, start: Start, rolled_back: int
+    config: RunConfig,
+    facts: dict[str, Any],
+    store: Store,
+    asked: Asked,
+    start: Start,
+    rolled_back: int,
+    profile: int,
 ) -> None:
     """Train from `start` to the end, and write down the weights."""
     out, steps = Path(config.out).expanduser(), int(facts["steps"])
@@ -136,7 +146,8 @@ def _attempt(
     quarantine_path = out / "quarantine.jsonl"
     problem = None
     try:
-        module, streams = _build(config, facts, start, quarantine_path)
+        module, streams, tokenizer = _build(config, facts, start, quarantine_path)
+        callbacks, loggers = shown(config, out, start.step, module.encoder, tokenizer, profile)
         mark = digest([[name, list(value.shape)] for name, value in module.state_dict().items()])
     except UserError as error:
         problem, mark = str(error), ""
@@ -158,8 +169,15 @@ def _attempt(
             steps,
             config.optim.clip_norm,
             len(streams["val"]) if "val" in streams else 0,
-            build_strategy(config.ranks.strategy, device_of(config.trainer), saver, config.ranks.timeout),
-            [watch, Saving(saver, config.checkpoint, asked, start, config.seed)],
+            strategy=build_strategy(
+                config.ranks.strategy,
+                device_of(config.trainer),
+                saver,
+                config.ranks.timeout,
+                module.freezing.changes,
+            ),
+            callbacks=[*callbacks, watch, Saving(saver, config.checkpoint, asked, start, config.seed)],
+            loggers=loggers,
         )
         _fit(trainer, module, streams, start)
     if saver.problem is not None:
@@ -168,19 +186,29 @@ def _attempt(
             "`medclip-lab train` again to go on"
         )
     if rank == 0:
-        prefix = "state_dict/encoder.model."
-        names = [name for name in tensors_in(store.path(steps)) if name.startswith(prefix)]
-        weights = {name.removeprefix(prefix): v for name, v in read_tensors(store.path(steps), names).items()}
         with atomic_file(out / WEIGHTS) as temporary:
-            save_file(weights, temporary)
+            save_file(_weights(module, store.path(steps)), temporary)
         seconds = round(time.monotonic() - begin, 1)
-        done = {"steps": steps, "resumed_at": start.step, "seconds": seconds, "world_size": world_size}
-        write_json(out / DONE, done | {"unusable": listed(quarantine_path)})
+        done: dict[str, Any] = {"steps": steps, "resumed_at": start.step, "seconds": seconds, "world_size": world_size}
+        done["unusable"] = listed(quarantine_path)
+        write_json(out / DONE, done)
+        write_report(out, config, done)
+
+
+def _weights(module: ContrastiveModule, checkpoint: Path) -> dict[str, Tensor]:
+    """What a checkpoint exports: the averaged weights, if there are averages; whole, with adapters merged."""
+    prefix = "state_dict/encoder."
+    names = [name for name in tensors_in(checkpoint) if name.startswith(prefix)]
+    found = {name.removeprefix(prefix): value for name, value in read_tensors(checkpoint, names).items()}
+    if isinstance(module, ShardedModule):  # it has no adapters, and its parameters are only shards
+        return {name.removeprefix("model."): value for name, value in found.items() if name.startswith("model.")}
+    module.encoder.load_state_dict(found)
+    return module.encoder.weights()
 
 
 def _build(
     config: RunConfig, facts: dict[str, Any], start: Start, quarantine_path: Path
-) -> tuple[ContrastiveModule, dict[str, BatchStream]]:
+) -> tuple[ContrastiveModule, dict[str, BatchStream], Tokenizer]:
     """The model and the batches of this rank."""
     out, steps = Path(config.out).expanduser(), int(facts["steps"])
     rank, world_size = distributed.rank(), distributed.world_size()
@@ -211,12 +239,23 @@ def _build(
             quarantine_path=quarantine_path,
         )
     }
-    if config.trainer.val_every:
+    if config.trainer.validates:
         streams["val"] = _validation_stream(config, tokenizer, rank, world_size, quarantine_path)
     kind = ShardedModule if config.ranks.strategy == "fsdp" and world_size > 1 else ContrastiveModule
-    module = kind(encoder, loss, config.optim, steps, config.trainer.gradient_cache, config.trainer.log_every)
-    _refuse_frozen(module)
-    return module, streams
+    module = kind(
+        encoder,
+        loss,
+        config.optim,
+        steps,
+        config.trainer.gradient_cache,
+        config.trainer.log_every,
+        streams["train"].finish,
+    )
+    if kind is ShardedModule and module.freezing.changes:
+        raise UserError("optim.rules: shards cannot be frozen for a time only: set ranks.strategy to ddp")
+    if config.trainer.compile:
+        compile_towers(encoder.model, config.trainer.compile)
+    return module, streams, tokenizer
 
 
 def _fit(trainer: Trainer, module: ContrastiveModule, streams: dict[str, BatchStream], start: Start) -> None:
@@ -239,12 +278,6 @@ def _fit(trainer: Trainer, module: ContrastiveModule, streams: dict[str, BatchSt
         raise KeyboardInterrupt from None
 
 
-def _refuse_frozen(module: ContrastiveModule) -> None:
-    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    if all(name.startswith("encoder.model.logit_") for name in trained):
-        raise UserError("model: every parameter of the towers is frozen, so there is nothing to train: unfreeze some")
-
-
 def _refuse_uneven(config: RunConfig) -> None:
     """What many ranks need of a config."""
     world = distributed.world_size()
@@ -252,6 +285,8 @@ def _refuse_uneven(config: RunConfig) -> None:
         return
     if config.trainer.ema:
         raise UserError("trainer.ema: averaged weights cannot be sharded: set it to 0, or ranks.strategy to ddp")
+    if config.model.lora:
+        raise UserError("model.lora: adapters are few and cannot be sharded: set ranks.strategy to ddp")
     if config.trainer.gradient_cache and config.data.batch_size % world:
         raise UserError(
             f"data.batch_size {config.data.batch_size} does not divide by {world} ranks: with ranks.strategy fsdp and "
@@ -263,14 +298,16 @@ def _validation_stream(
     config: RunConfig, tokenizer: Tokenizer, rank: int, world_size: int, quarantine_path: Path
 ) -> BatchStream:
     if trained := [name for name, source in config.data.sources.items() if "val" in source.split.split("+")]:
-        raise UserError(f"trainer.val_every: data.sources.{trained[0]} trains on the split 'val'; set val_every to 0")
+        raise UserError(
+            f"trainer: data.sources.{trained[0]} trains on the split 'val'; set val_every and val_minutes to 0"
+        )
     sources = {
         name: SourceConfig(source.shards, "val", source.weight)
         for name, source in config.data.sources.items()
         if any(shard.split == "val" for shard in Manifest.load(source.shards).shards)
     }
     if len(sources) < len(config.data.sources):
-        raise UserError("trainer.val_every: a source has no split 'val'; set it to 0")
+        raise UserError("trainer: a source has no split 'val' to validate on; set val_every and val_minutes to 0")
     data = DataConfig(**{**vars(config.data), "sources": sources, "workers": 0, "control": "none"})
     steps = steps_once(data)
     return BatchStream(

@@ -81,8 +81,14 @@ class Shards(_Folders, ModelParallelStrategy):
     """Every rank has a part of every matrix of the towers and of its optimizer state (FSDP2)."""
 
 
-def build_strategy(kind: Literal["ddp", "fsdp"], device: torch.device, saver: Saver, timeout: timedelta) -> Strategy:
-    """The strategy of a run; one process needs none of the others."""
+def build_strategy(
+    kind: Literal["ddp", "fsdp"], device: torch.device, saver: Saver, timeout: timedelta, thaws: bool = False
+) -> Strategy:
+    """The strategy of a run; one process needs none of the others.
+
+    Args:
+        thaws: some parameters are frozen for a time only, so that not all have gradients at every step.
+    """
     world = distributed.launched_world()[1]
     strategy: _Folders
     if world == 1:
@@ -90,7 +96,7 @@ def build_strategy(kind: Literal["ddp", "fsdp"], device: torch.device, saver: Sa
     elif kind == "fsdp":
         strategy = Shards(data_parallel_size=world, tensor_parallel_size=1, timeout=timeout)
     else:
-        strategy = Copies(timeout=timeout)
+        strategy = Copies(timeout=timeout, find_unused_parameters=thaws)
     strategy.saver = saver
     return strategy
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from medclip_lab import distributed
 from medclip_lab.errors import UserError
 from medclip_lab.training.checkpoint import loud
-from medclip_lab.training.gradients import global_norm
 from medclip_lab.training.module import ContrastiveModule
 from medclip_lab.training.random_state import random_state
 from medclip_lab.training.replay import write_dump
@@ -133,9 +132,7 @@ class Watch(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
         assert isinstance(module, ContrastiveModule)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = global_norm(p.grad for p in parameters if p.grad is not None)
-        module.gradient_norm = norm
+        norm = module.measure_gradient(optimizer)
         loss = module.terms_now["loss"]
         # A scaler meets infinite gradients now and then, makes no step of them, and scales less.
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
@@ -157,7 +154,7 @@ class Watch(Callback):
 
     def _act(self, trainer: Trainer, module: ContrastiveModule, optimizer: Any, spike: bool) -> None:
         step, batch = trainer.global_step, trainer.global_step + self.ahead
-        loss, norm = float(module.terms_now["loss"]), float(module.gradient_norm)  # type: ignore[arg-type]
+        loss, norm = float(module.terms_now["loss"]), float(module.grad_norm)  # type: ignore[arg-type]
         studies = [
             key for keys in distributed.everyones([*self._batch["image_id"], *self._batch["text_id"]]) for key in keys
         ]

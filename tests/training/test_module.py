@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from medclip_lab.data.preprocess import PreprocessConfig
 from medclip_lab.errors import UserError
 from medclip_lab.losses import MultiViewClipLoss
-from medclip_lab.models.dual_encoder import DualEncoder, build_spec
+from medclip_lab.models.dual_encoder import DualEncoder
+from medclip_lab.models.spec import build_spec
 from medclip_lab.training.module import ContrastiveModule
 from medclip_lab.training.optim import OptimConfig
 
