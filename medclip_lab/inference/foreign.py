@@ -19,7 +19,8 @@ from medclip_lab.data.preprocess import Preprocess, PreprocessConfig
 from medclip_lab.errors import UserError
 from medclip_lab.files import digest, existing_folder, sha256
 from medclip_lab.inference.encoder import Encoder, load
-from medclip_lab.models.dual_encoder import DualEncoder, load_named, quiet
+from medclip_lab.models.dual_encoder import DualEncoder
+from medclip_lab.models.spec import load_named, quiet
 
 HUGGING_FACE = ("clip", "siglip", "vision-text-dual-encoder")
 """Kinds of transformers models that are read."""
@@ -62,7 +63,7 @@ def _identity(folder: Path) -> str:
 
 
 def _open_clip(name: str, weights: str | None, identity: str, folder: Path, device: str) -> Encoder:
-    model = load_named(name, weights)
+    model, _ = load_named(name, weights)
     preprocess = PreprocessConfig.from_record(open_clip.get_model_preprocess_cfg(model))
     try:
         with quiet():

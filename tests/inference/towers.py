@@ -9,7 +9,7 @@ import torch
 from medclip_lab.data.preprocess import PreprocessConfig
 from medclip_lab.data.tokenizer import EOS_ID
 from medclip_lab.inference.bundle import finish_bundle, write_bundle
-from medclip_lab.models.dual_encoder import build_spec
+from medclip_lab.models.spec import build_spec
 
 VIT = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
 TEXT = {"context_length": 24, "width": 16, "heads": 2, "layers": 2}
