@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_train(verbs)
     model.add_evaluate(verbs)
     model.add_export(verbs)
+    model.add_calibrate(verbs)
     retrieval.add_embed(verbs)
     retrieval.add_index(verbs)
     retrieval.add_search(verbs)

@@ -1,7 +1,8 @@
-"""Verbs of the model: train, export, evaluate, classify, and the demo of them all."""
+"""Verbs of the model: train, export, evaluate, calibrate, classify, and the demo of them all."""
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from medclip_lab.cli.common import Verbs, add_max_bad, add_verb, say
 from medclip_lab.errors import UserError
@@ -113,14 +114,23 @@ def add_evaluate(verbs: Verbs) -> None:
     parser = add_verb(
         verbs,
         "evaluate",
-        "zero-shot AUROC with intervals and retrieval, on held-out studies",
+        "zero-shot metrics with intervals, paired tests and retrieval, on held-out studies",
         "evaluate bundle shards --split test",
         _run_evaluate,
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("shards", type=Path)
     parser.add_argument("--split", default="test")
-    parser.add_argument("--labelset", default="chexpert14", help="shipped name or YAML file (default: chexpert14)")
+    _add_scoring(parser)
+    _add_ensemble(parser)
+    parser.add_argument("--batch-zscore", action="store_true", help="z-score each label over the split (transductive)")
+    parser.add_argument(
+        "--no-calibration", action="store_true", help="scores alone, also on patients the calibration was made with"
+    )
+    parser.add_argument("--compare", type=Path, default=None, help="another bundle, for paired tests on these patients")
+    parser.add_argument(
+        "--collapse-texts", action="store_true", help="retrieval: equal reports are one item (default: all positives)"
+    )
     parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws, by patient (default: 1000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--blur", type=float, default=0.0, help="control: blur images by this share of their side")
@@ -129,8 +139,26 @@ def add_evaluate(verbs: Verbs) -> None:
     add_max_bad(parser)
 
 
+def _add_scoring(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--labelset", default="chexpert14", help="shipped name or YAML file (default: chexpert14)")
+    parser.add_argument(
+        "--score",
+        default=None,
+        help="mean_embedding, mean_similarity, max_similarity, pair_softmax or sigmoid (default: what fits the model)",
+    )
+    parser.add_argument("--temperature", type=float, default=None, help="of pair_softmax (default: the model's own)")
+    parser.add_argument("--truncate", action="store_true", help="cut prompts that are longer than the context")
+
+
+def _add_ensemble(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ensemble", type=Path, nargs="+", default=[], help="further bundles to average with")
+    parser.add_argument(
+        "--average", choices=("scores", "logits"), default="scores", help="what an ensemble averages (default: scores)"
+    )
+
+
 def _run_evaluate(args: argparse.Namespace) -> None:
-    from medclip_lab.evaluation.protocol import blur, evaluate, summary
+    from medclip_lab.evaluation.protocol import Scoring, blur, evaluate, summary
     from medclip_lab.files import write_json
     from medclip_lab.inference.encoder import load
 
@@ -146,33 +174,111 @@ def _run_evaluate(args: argparse.Namespace) -> None:
         change=blur(args.blur) if args.blur else None,
         control=args.shuffle_labels,
         max_bad=args.max_bad,
+        scoring=Scoring(args.score, args.temperature, args.batch_zscore, args.truncate, not args.no_calibration),
+        ensemble=[load(bundle) for bundle in args.ensemble],
+        average=args.average,
+        compare=load(args.compare) if args.compare else None,
+        collapse=args.collapse_texts,
     )
     if args.out:
         write_json(args.out, result | {"command": args.command})
     say(args, result, summary(result))
 
 
+def add_calibrate(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "calibrate",
+        "probabilities, thresholds and an out-of-domain flag for a bundle, from validation patients",
+        "calibrate bundle shards --split val --method platt --threshold sensitivity=0.95",
+        _run_calibrate,
+    )
+    parser.add_argument("bundle", type=Path, help="gets the calibration, in place of an earlier one for the label set")
+    parser.add_argument("shards", type=Path)
+    parser.add_argument("--split", default="val", help="never test (default: val)")
+    _add_scoring(parser)
+    parser.add_argument(
+        "--method",
+        default="platt",
+        help="platt, isotonic (a thousand images or more) or temperature (default: platt)",
+    )
+    parser.add_argument("--threshold", default="youden", help="youden, mcc or sensitivity=0.95 (default: youden)")
+    parser.add_argument(
+        "--false-alarm", type=float, default=0.05, help="share of images that may be out of domain (default: 0.05)"
+    )
+    add_max_bad(parser)
+
+
+def _run_calibrate(args: argparse.Namespace) -> None:
+    from medclip_lab.evaluation.calibrate import calibrate, summary
+    from medclip_lab.evaluation.protocol import Scoring
+    from medclip_lab.inference.encoder import load
+
+    encoder = load(args.bundle)
+    calibration = calibrate(
+        encoder,
+        args.shards,
+        args.labelset,
+        args.split,
+        method=args.method,
+        threshold=args.threshold,
+        false_alarm=args.false_alarm,
+        scoring=Scoring(args.score, args.temperature, truncate=args.truncate, calibrated=False),
+        max_bad=args.max_bad,
+        command=args.command,
+    )
+    calibration.save(encoder.folder)
+    told = {name: value for name, value in calibration.facts.items() if name != "patients"}
+    say(args, told | {"hash": calibration.hash}, summary(calibration))
+
+
 def add_classify(verbs: Verbs) -> None:
     parser = add_verb(
         verbs,
         "classify",
-        "zero-shot scores of images, without any training on labels",
+        "zero-shot scores of images, without any training on labels; decisions of a bundle that is calibrated",
         "classify bundle chest.png",
         _run_classify,
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("images", type=Path, nargs="+")
-    parser.add_argument("--labelset", default="chexpert14", help="shipped name or YAML file (default: chexpert14)")
+    _add_scoring(parser)
+    _add_ensemble(parser)
 
 
 def _run_classify(args: argparse.Namespace) -> None:
+    from medclip_lab.inference.classifier import ZeroShotClassifier
     from medclip_lab.inference.encoder import load
+    from medclip_lab.inference.ensemble import ClassifierEnsemble
 
-    rows = load(args.bundle).zero_shot_classifier(args.labelset).predict(args.images)
+    members = [
+        load(bundle).zero_shot_classifier(
+            args.labelset, args.score, temperature=args.temperature, truncate=args.truncate
+        )
+        for bundle in (args.bundle, *args.ensemble)
+    ]
+    classifier: ZeroShotClassifier | ClassifierEnsemble = members[0]
+    if args.ensemble:
+        classifier = ClassifierEnsemble(members, args.average)
+    rows = classifier.classify(args.images)
     lines = []
     for image, row in zip(args.images, rows, strict=True):
-        lines.append(f"{image}")
-        for name, value in sorted(row.items(), key=lambda item: -item[1]["score"]):
-            lines.append(f"  {value['score']:.3f}  {'#' * round(20 * value['score']):<20}  {name}")
-    lines.append("scores order images; they are not probabilities (the bundle is not calibrated)")
-    say(args, [{"image": str(i), "labels": r} for i, r in zip(args.images, rows, strict=True)], "\n".join(lines))
+        strange = row["out_of_domain"] is not None and row["out_of_domain"]["flag"]
+        lines.append(f"{image}" + ("  OUT OF DOMAIN: unlike the images of the calibration" if strange else ""))
+        lines += [_line(name, value) for name, value in sorted(row["labels"].items(), key=lambda i: -i[1]["score"])]
+    if classifier.calibration is None:
+        lines.append("scores order images; they are not probabilities (the bundle is not calibrated)")
+    else:
+        lines.append(
+            "operating: the probability on a scale where the threshold is 0.5; + is a decision for the finding"
+        )
+    say(args, [{"image": str(i), **r} for i, r in zip(args.images, rows, strict=True)], "\n".join(lines))
+
+
+def _line(name: str, value: dict[str, Any]) -> str:
+    if value["probability"] is None:
+        bar = "#" * round(20 * min(max(value["score"], 0.0), 1.0))
+        return f"  {value['score']:.3f}  {bar:<20}  {name}"
+    sign = "+" if value["decision"] else " "
+    told = f"probability {value['probability']:.3f}  operating {value['operating']:.3f}"
+    return f"  {value['score']:.3f}  {sign} {told}  {name}"

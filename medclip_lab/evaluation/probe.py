@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medclip_lab import progress
-from medclip_lab.errors import UserError
 from medclip_lab.evaluation.gather import Labelled, Scorer, refuse_shared_patients
 from medclip_lab.evaluation.metrics import Floats, auroc, interval, patient_weights, weighted_auroc
 from medclip_lab.evaluation.table import auroc_table
@@ -131,16 +130,10 @@ def _chosen(train: Labelled, rows: Rows, val: Labelled, val_rows: Rows, column: 
 
 
 def fit(features: NDArray[np.float32], positive: NDArray[np.bool_], strength: float) -> Scorer:
-    """Logistic regression with an intercept; scores are its logits.
+    """Logistic regression with an intercept; scores are its logits."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
 
-    Raises:
-        UserError: scikit-learn is not installed.
-    """
-    try:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-    except ImportError:
-        raise UserError("probe: scikit-learn is missing: pip install 'medclip_lab[probe]'") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a strength that does not converge loses on validation
         model = LogisticRegression(C=strength, max_iter=1000).fit(features.astype(np.float64), positive)

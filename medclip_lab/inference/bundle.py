@@ -9,10 +9,12 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from medclip_lab.config import to_yaml
 from medclip_lab.data.preprocess import PreprocessConfig
 from medclip_lab.data.tokenizer import FILES as TOKENIZER_FILES
 from medclip_lab.errors import UserError
 from medclip_lab.files import digest, existing_folder, read_json, sha256, write_json
+from medclip_lab.inference.labelset import load_labelset
 from medclip_lab.models.spec import TEXT_MODEL, beyond_open_clip
 from medclip_lab.version import __version__
 
@@ -81,7 +83,9 @@ def write_bundle(
             shutil.copyfile(tokenizer / name, out / name)
     (out / "labelsets").mkdir()
     for labelset in labelsets:
-        shutil.copyfile(labelset, out / "labelsets" / labelset.name)
+        # As it is read, with every template filled: what stands elsewhere is not there where the bundle goes.
+        text = to_yaml(load_labelset(labelset))
+        (out / "labelsets" / labelset.name).write_text(text, encoding="utf-8")
 
 
 def _window(preprocess: PreprocessConfig) -> str:

@@ -7,12 +7,13 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from medclip_lab.config import load_config, shipped
+from medclip_lab.config import load_config
 from medclip_lab.data.preprocess import PreprocessConfig
 from medclip_lab.errors import UserError
 from medclip_lab.files import atomic_folder, existing_folder, read_json, refuse_to_replace
 from medclip_lab.inference.bundle import FORMAT, MANIFEST, finish_bundle, write_bundle
 from medclip_lab.inference.encoder import load
+from medclip_lab.inference.labelset import find_labelset, load_labelset
 from medclip_lab.models.spec import beyond_open_clip
 from medclip_lab.training.run import CONFIG, DONE, MODEL, WEIGHTS, RunConfig
 
@@ -34,12 +35,9 @@ def export(run: str | Path, out: str | Path, labelsets: list[str] | None = None,
     config = load_config(RunConfig, run / CONFIG)
     model = read_json(run / MODEL, "run")
     done = read_json(run / DONE, "run")
-    paths = [
-        Path(name) if str(name).endswith(".yaml") else shipped(f"labelsets/{name}.yaml") for name in labelsets or []
-    ]
+    paths = [find_labelset(name) for name in labelsets or []]
     for path in paths:
-        if not path.exists():
-            raise UserError(f"label set: no such file: {path}")
+        load_labelset(path)
     if beyond := beyond_open_clip(model["model_cfg"]):
         print(f"medclip_lab.load opens this bundle, plain open_clip does not: {', '.join(beyond)}", file=sys.stderr)
     card = {
