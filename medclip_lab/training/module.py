@@ -19,6 +19,7 @@ from medclip_lab.training.gradient_cache import in_chunks, refuse_batch_statisti
 from medclip_lab.training.optim import OptimConfig, build_optimizer, parameter_groups
 from medclip_lab.training.precision import full_float32
 from medclip_lab.training.rules import treatments
+from medclip_lab.training.teacher import Teacher
 
 SCALE_RANGE = (1.0, 100.0)  # Radford et al. 2021: a larger scale makes training unstable
 
@@ -33,6 +34,7 @@ class ContrastiveModule(LightningModule):
         steps: length of the run, which the schedule needs.
         gradient_cache: rows of a tower's forward; 0 takes the whole batch at once.
         diagnose_every: steps between diagnostics of the batch; 0 never.
+        teacher: whose features a loss may ask for, as "teacher_image_features".
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class ContrastiveModule(LightningModule):
         steps: int,
         gradient_cache: int = 0,
         diagnose_every: int = 0,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -51,6 +54,7 @@ class ContrastiveModule(LightningModule):
         self.steps = steps
         self.gradient_cache = gradient_cache
         self.diagnose_every = diagnose_every
+        self.teacher = teacher
         self.grad_norm: Tensor | None = None
         """Of the last step, before clipping."""
         self.treated = treatments(encoder.model, optim, steps, loss)
@@ -73,6 +77,8 @@ class ContrastiveModule(LightningModule):
             UserError: the batch lacks what the loss needs.
         """
         features = self.features(batch)
+        if self.teacher is not None:
+            features |= self.teacher.features(batch, self.device, self.gradient_cache)
         paired = bool(getattr(self.loss, "paired", True))
         wanted = getattr(self.loss, "inputs", ())
         given = {name: _input(name, features, batch) for name in (*wanted, *getattr(self.loss, "optional_inputs", ()))}

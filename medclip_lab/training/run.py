@@ -26,6 +26,7 @@ from medclip_lab.training.optim import OptimConfig
 from medclip_lab.training.precision import compile_towers
 from medclip_lab.training.report import write_report
 from medclip_lab.training.show import shown
+from medclip_lab.training.teacher import DistillConfig, Teacher, with_teacher
 from medclip_lab.training.trainer import TrainerConfig, budget, build_trainer, quiet_lightning
 
 CONFIG, MODEL, WEIGHTS = "config.yaml", "model.json", "model.safetensors"
@@ -41,6 +42,8 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    distill: DistillConfig | None = None
+    """A teacher to learn from: {bundle: FOLDER, weight: 1.0}."""
     seed: int = 0
     out: str = "runs/run"
     """Folder of the run: config, tokenizer, checkpoints, metrics, weights."""
@@ -73,6 +76,10 @@ def train(config: RunConfig, profile: int = 0) -> Path:
                 f"data.control: {type(loss).__name__} trains on labels and not on pairs, so shuffling pairs changes "
                 "nothing: it would be no control"
             )
+        teacher = None
+        if config.distill is not None:
+            teacher = Teacher(config.distill.bundle, config.data)
+            loss = with_teacher(loss, config.distill)
         encoder, tokenizer, spec = prepare_model(config.model, config.data, out, rank)
         if isinstance(config.model.spec, dict):
             start_temperature(config.model, encoder, loss)
@@ -94,12 +101,14 @@ def train(config: RunConfig, profile: int = 0) -> Path:
                 rank=rank,
                 world_size=world_size,
                 quarantine_path=quarantine_path,
+                teacher_tokenizer=None if teacher is None else teacher.tokenizer,
             )
         }
         if config.trainer.validates:
             streams["val"] = _validation_stream(config, tokenizer, rank, world_size, quarantine_path)
+            streams["val"].teacher_tokenizer = streams["train"].teacher_tokenizer
         module = ContrastiveModule(
-            encoder, loss, config.optim, steps, config.trainer.gradient_cache, config.trainer.log_every
+            encoder, loss, config.optim, steps, config.trainer.gradient_cache, config.trainer.log_every, teacher
         )
         val_batches = len(streams["val"]) if "val" in streams else 0
         if config.trainer.compile:
