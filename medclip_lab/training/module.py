@@ -21,6 +21,7 @@ from medclip_lab.training.gradient_cache import in_chunks, refuse_batch_statisti
 from medclip_lab.training.optim import OptimConfig, build_optimizer, parameter_groups
 from medclip_lab.training.precision import full_float32
 from medclip_lab.training.rules import treatments
+from medclip_lab.training.teacher import Teacher
 
 SCALE_RANGE = (1.0, 100.0)  # Radford et al. 2021: a larger scale makes training unstable
 
@@ -36,6 +37,7 @@ class ContrastiveModule(LightningModule):
         gradient_cache: rows of a tower's forward; 0 takes the whole batch at once.
         diagnose_every: steps between diagnostics of the batch; 0 never.
         finish: makes ready, on this device, what the loader left of a batch.
+        teacher: whose features a loss may ask for, as "teacher_image_features".
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class ContrastiveModule(LightningModule):
         gradient_cache: int = 0,
         diagnose_every: int = 0,
         finish: Callable[[Batch, torch.device], Batch] | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -56,6 +59,7 @@ class ContrastiveModule(LightningModule):
         self.gradient_cache = gradient_cache
         self.diagnose_every = diagnose_every
         self.finish = finish
+        self.teacher = teacher
         self.grad_norm: Tensor | None = None
         """Of the last step, before clipping."""
         self.treated = treatments(encoder.model, optim, steps, loss)
@@ -88,6 +92,8 @@ class ContrastiveModule(LightningModule):
             UserError: the batch lacks what the loss needs.
         """
         features = self.features(batch)
+        if self.teacher is not None:
+            features |= self.teacher.features(batch, self.device, self.gradient_cache)
         paired = bool(getattr(self.loss, "paired", True))
         wanted = getattr(self.loss, "inputs", ())
         given = {name: _input(name, features, batch) for name in (*wanted, *getattr(self.loss, "optional_inputs", ()))}

@@ -11,21 +11,23 @@ from lightning.pytorch import seed_everything
 from safetensors.torch import save_file
 
 from medclip_lab import distributed
-from medclip_lab.config import to_yaml
+from medclip_lab.config import load_config, to_yaml
 from medclip_lab.data.manifest import Manifest
 from medclip_lab.data.pipeline import BatchStream, DataConfig, SourceConfig, loader, steps_once
 from medclip_lab.data.quarantine import listed
 from medclip_lab.data.tokenizer import Tokenizer
 from medclip_lab.errors import UserError
-from medclip_lab.files import atomic_file, digest, read_json, write_json
+from medclip_lab.files import atomic_file, digest, existing_folder, read_json, write_json
 from medclip_lab.losses import LossConfig, build_loss
 from medclip_lab.models.dual_encoder import ModelConfig
+from medclip_lab.training.branch import refuse_other_origin
 from medclip_lab.training.build import prepare_model, start_temperature
 from medclip_lab.training.module import ContrastiveModule
 from medclip_lab.training.optim import OptimConfig
 from medclip_lab.training.precision import compile_towers
 from medclip_lab.training.report import write_report
 from medclip_lab.training.show import shown
+from medclip_lab.training.teacher import DistillConfig, Teacher, with_teacher
 from medclip_lab.training.trainer import TrainerConfig, budget, build_trainer, quiet_lightning
 
 CONFIG, MODEL, WEIGHTS = "config.yaml", "model.json", "model.safetensors"
@@ -41,6 +43,11 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    distill: DistillConfig | None = None
+    """A teacher to learn from: {bundle: FOLDER, weight: 1.0}."""
+    branch_from: str | None = None
+    """Folder of another run to take the first steps from, up to its last checkpoint: to cool a long run down, with
+    another `trainer.steps` and `optim.decay`. All that was decided before there must be the same."""
     seed: int = 0
     out: str = "runs/run"
     """Folder of the run: config, tokenizer, checkpoints, metrics, weights."""
@@ -73,6 +80,10 @@ def train(config: RunConfig, profile: int = 0) -> Path:
                 f"data.control: {type(loss).__name__} trains on labels and not on pairs, so shuffling pairs changes "
                 "nothing: it would be no control"
             )
+        teacher = None
+        if config.distill is not None:
+            teacher = Teacher(config.distill.bundle, config.data)
+            loss = with_teacher(loss, config.distill)
         encoder, tokenizer, spec = prepare_model(config.model, config.data, out, rank)
         if isinstance(config.model.spec, dict):
             start_temperature(config.model, encoder, loss)
@@ -83,6 +94,11 @@ def train(config: RunConfig, profile: int = 0) -> Path:
             write_json(out / FACTS, facts)
 
         last = out / "checkpoints" / "last.ckpt"
+        origin = Path(config.branch_from).expanduser() if config.branch_from and not last.exists() else None
+        if origin is not None:
+            last = existing_folder(origin, "branch_from") / "checkpoints" / "last.ckpt"
+            if not last.exists():
+                raise UserError(f"branch_from: {origin} has no checkpoint")
         start = int(torch.load(last, map_location="cpu", weights_only=True)["global_step"]) if last.exists() else 0
         streams = {
             "train": BatchStream(
@@ -94,10 +110,15 @@ def train(config: RunConfig, profile: int = 0) -> Path:
                 rank=rank,
                 world_size=world_size,
                 quarantine_path=quarantine_path,
+                teacher_tokenizer=None if teacher is None else teacher.tokenizer,
             )
         }
         if config.trainer.validates:
             streams["val"] = _validation_stream(config, tokenizer, rank, world_size, quarantine_path)
+            streams["val"].teacher_tokenizer = streams["train"].teacher_tokenizer
+        if origin is not None:
+            other = load_config(RunConfig, origin / CONFIG)
+            refuse_other_origin(config, other, facts, origin, start, encoder.model, loss)
         module = ContrastiveModule(
             encoder,
             loss,
@@ -106,6 +127,7 @@ def train(config: RunConfig, profile: int = 0) -> Path:
             config.trainer.gradient_cache,
             config.trainer.log_every,
             streams["train"].finish,
+            teacher,
         )
         val_batches = len(streams["val"]) if "val" in streams else 0
         if config.trainer.compile:
