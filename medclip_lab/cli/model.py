@@ -37,7 +37,7 @@ def add_train(verbs: Verbs) -> None:
         _run_train,
     )
     parser.usage = (
-        "medclip-lab train --config FILE [--out DIR] [--resume WHERE] [--profile [N]] [--SECTION.NAME=VALUE ...]\n"
+        "medclip-lab train --config FILE [--out DIR] [--resume auto|never] [--profile [N]] [--SECTION.NAME=VALUE ...]\n"
         "       medclip-lab train --settings\n"
         "       medclip-lab train --replay DUMP"
     )
@@ -45,10 +45,9 @@ def add_train(verbs: Verbs) -> None:
     parser.add_argument("--out", default=None, help="folder of the run")
     parser.add_argument(
         "--resume",
+        choices=("auto", "never"),
         default="auto",
-        metavar="WHERE",
-        help="auto: from the folder's newest whole checkpoint (default); never: refuse a folder that has one; or a "
-        "checkpoint or run to begin with",
+        help="auto: go on from the folder's newest whole checkpoint (default); never: refuse a folder that has one",
     )
     parser.add_argument("--replay", type=Path, metavar="DUMP", help="make the step of a dump again, and say what broke")
     parser.add_argument("--settings", action="store_true", help="list every setting with its default, and stop")

@@ -179,7 +179,7 @@ def _only(kept: list[int], batch: dict[str, Any]) -> dict[str, Any]:
     """Some rows of a batch: of the images, and of the texts where they are the images' own."""
     names = ["image_id", "patient_id", "image_labels"]
     if batch["image_id"] == batch["text_id"]:
-        names += ["text_id", "text", "second_text", "text_labels"]
+        names += ["text_id", "text", "second_text", "teacher_text", "text_labels"]
     chosen = {
         name: value[kept] if isinstance(value, Tensor) else [value[number] for number in kept]
         for name, value in batch.items()

@@ -153,6 +153,7 @@ class BatchStream(IterableDataset[Batch]):
     Args:
         training: random order, random views and sentences, augmentation, and in place of a sample that cannot be used
             the next one, so that every batch is whole; else the first of each, in shard order, and bad ones left out.
+        teacher_tokenizer: reads the same texts for a teacher, "teacher_text" in the batch.
 
     Raises:
         UserError: a source is missing, or too small for its lanes; fewer rows than ranks.
@@ -170,8 +171,10 @@ class BatchStream(IterableDataset[Batch]):
         world_size: int = 1,
         training: bool = True,
         quarantine_path: Path | None = None,
+        teacher_tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__()
+        self.teacher_tokenizer = teacher_tokenizer
         self.config, self.tokenizer, self.training = config, tokenizer, training
         self.steps, self.start, self.seed = steps, start, seed
         self.rank, self.world_size = rank, world_size
@@ -281,6 +284,8 @@ class BatchStream(IterableDataset[Batch]):
             batch |= {name: self.images.together(view) for name, view in columns}
             batch["image_labels"] = torch.tensor(image_labels)
         if texts:
+            if self.teacher_tokenizer is not None:
+                batch["teacher_text"] = self.teacher_tokenizer([text for text, *_ in texts])
             views_of_text = zip(("text", "second_text"), zip(*texts, strict=True), strict=False)
             batch |= {name: self.tokenizer(list(view)) for name, view in views_of_text}
             batch["text_labels"] = torch.tensor(text_labels)
@@ -293,7 +298,8 @@ class BatchStream(IterableDataset[Batch]):
         size, labels = self.config.preprocess.size, len(self.config.labels)
         ids = self.tokenizer([""])[:0]
         views = ("text", "second_text")[: self.config.text.views]
-        return {
+        teacher = {} if self.teacher_tokenizer is None else {"teacher_text": self.teacher_tokenizer([""])[:0]}
+        return teacher | {
             "image": torch.zeros(0, 3, size, size, dtype=torch.uint8),
             "image_labels": torch.zeros(0, labels),
             **dict.fromkeys(views, ids),

@@ -164,6 +164,8 @@ def load_folder(folder: Path) -> tuple[nn.Module, Spec]:
         except Exception as error:  # safetensors, pickle and torch each have their own
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"model.spec: {path} does not fit {OPEN_CLIP_CONFIG} beside it: {first}") from None
+    known = open_clip.get_model_preprocess_cfg(model) | record.get("preprocess_cfg", {})
+    open_clip.model.set_model_preprocess_cfg(model, known)
     return model, spec
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import fsspec
 
-from medclip_lab.data.remote import is_remote, shown
+from medclip_lab.data.remote import shown
 from medclip_lab.errors import UserError
+from medclip_lab.files import existing_folder
 from medclip_lab.training.checkpoint_files import MANIFEST, DamagedError, manifest_of, remove, verify
 
 NAME = re.compile(r"step-(\d{8})")
@@ -186,34 +187,20 @@ def in_gb(size: int) -> str:
     return f"{size / 1e9:.3g} GB"
 
 
-def open_checkpoint(named: str, folder: Path) -> Path:
-    """A whole checkpoint that the user named: a folder `step-...` or a run, here or elsewhere.
-
-    Args:
-        folder: for one that lies elsewhere.
+def open_checkpoint(named: str) -> Path:
+    """The whole checkpoint that `branch_from` names: a folder `step-...`, or the newest of a run.
 
     Raises:
         UserError: it is not there, or damaged.
     """
-    if is_remote(named):
-        url, _, name = named.rstrip("/").rpartition("/")
-        match = NAME.fullmatch(name)
-        if match is None:
-            raise UserError(f"--resume: {shown(named)} is no checkpoint: name a folder step-00000000")
-        store = Store(folder, CheckpointConfig(remote=url))
-        try:
-            store._fetch(int(match[1]))
-        except (DamagedError, OSError) as error:
-            raise UserError(f"--resume: checkpoint {shown(named)} cannot be read: {error}") from None
-        return store.path(int(match[1]))
-    path = Path(named).expanduser()
-    if (path / "checkpoints").is_dir():
+    path = existing_folder(named, "branch_from")
+    if not NAME.fullmatch(path.name):
         newest = Store(path / "checkpoints", CheckpointConfig()).newest_whole()
         if newest is None:
-            raise UserError(f"--resume: {path} has no whole checkpoint")
+            raise UserError(f"branch_from: {path} has no whole checkpoint")
         return newest
     try:
         verify(path)
     except DamagedError as error:
-        raise UserError(f"--resume: {path} is no whole checkpoint: {error}") from None
+        raise UserError(f"branch_from: {path} is no whole checkpoint: {error}") from None
     return path

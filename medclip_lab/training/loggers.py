@@ -37,7 +37,7 @@ def build_loggers(config: TrainerConfig, out: Path, settings: dict[str, Any], st
             wandb.log_hyperparams(settings)
             loggers.append(wandb)
         if config.mlflow:
-            where = os.environ.get("MLFLOW_TRACKING_URI") or f"file:{out.resolve() / 'mlflow'}"
+            where = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out.resolve() / 'mlflow.db'}"
             mlflow = MLFlowLogger(config.mlflow, run_name=name, tracking_uri=where)
             mlflow.log_hyperparams(settings)
             loggers.append(mlflow)

@@ -22,6 +22,7 @@ from medclip_lab.training.gradients import clip, global_norm, separate
 from medclip_lab.training.optim import OptimConfig, build_optimizer, parameter_groups
 from medclip_lab.training.precision import full_float32
 from medclip_lab.training.rules import treatments
+from medclip_lab.training.teacher import Teacher
 
 SCALE_RANGE = (1.0, 100.0)  # Radford et al. 2021: a larger scale makes training unstable
 
@@ -37,6 +38,7 @@ class ContrastiveModule(LightningModule):
         gradient_cache: rows of a tower's forward; 0 takes the whole batch at once.
         diagnose_every: steps between diagnostics of the batch; 0 never.
         finish: makes ready, on this device, what the loader left of a batch.
+        teacher: whose features a loss may ask for, as "teacher_image_features".
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class ContrastiveModule(LightningModule):
         gradient_cache: int = 0,
         diagnose_every: int = 0,
         finish: Callable[[Batch, torch.device], Batch] | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -59,6 +62,7 @@ class ContrastiveModule(LightningModule):
         self.finish = finish
         self.terms_now: dict[str, Tensor] = {}
         """Of the step that is being made."""
+        self.teacher = teacher
         self.grad_norm: Tensor | None = None
         """Of the last step, before clipping."""
         self.treated = treatments(encoder.model, optim, steps, loss)
@@ -78,11 +82,6 @@ class ContrastiveModule(LightningModule):
 
     def features(self, batch: Batch) -> Features:
         """Features of every modality, and second view of one, that the batch holds."""
-        if not torch.is_grad_enabled():
-            empty = [name for name in self.encoder.towers_of(batch) if not len(batch[name])]
-            if empty:  # many a tower cannot take no rows, and under FSDP2 every rank must call it
-                one = {name: batch[name].new_zeros(1, *batch[name].shape[1:]) for name in empty}
-                return {name: f[:0] if name in empty else f for name, f in self.features(batch | one).items()}
         rows = self.rows_at_a_time()
         if not rows:
             features: Features = self.encoder(batch)
@@ -94,18 +93,30 @@ class ContrastiveModule(LightningModule):
         """Of a tower; 0 for all."""
         return self.gradient_cache
 
+    def given(self, batch: Batch) -> Features:
+        """What the loss may see of a batch: features of the towers, and of a teacher."""
+        if not batch["image_id"] and not batch["text_id"]:
+            # Many a tower cannot take no rows, and under FSDP2 every rank must call it: one row, and nothing of it.
+            one = {name: rows.new_zeros(1, *rows.shape[1:]) for name, rows in batch.items() if isinstance(rows, Tensor)}
+            found = self.given(batch | one | {"image_id": ["none"]})
+            return {name: value[:0] if value.ndim else value for name, value in found.items()}
+        features = self.features(batch)
+        if self.teacher is not None:
+            features |= self.teacher.features(batch, self.device, self.gradient_cache)
+        return features
+
     def terms(self, batch: Batch, diagnose_too: bool = False) -> dict[str, Tensor]:
         """The loss of a batch under "loss" and its parts by name.
 
         Raises:
             UserError: the batch lacks what the loss needs.
         """
-        features = self.features(batch)
+        features = self.given(batch)
         paired = bool(getattr(self.loss, "paired", True))
         wanted = getattr(self.loss, "inputs", ())
-        given = {name: _input(name, features, batch) for name in (*wanted, *getattr(self.loss, "optional_inputs", ()))}
+        inputs = {name: _input(name, features, batch) for name in (*wanted, *getattr(self.loss, "optional_inputs", ()))}
         missing = [name for name in ("image", "text") if name not in batch]
-        missing += [name for name in wanted if given[name] is None]
+        missing += [name for name in wanted if inputs[name] is None]
         if missing:
             raise UserError(f"{type(self.loss).__name__} needs {', '.join(missing)}, and a batch has none: check data")
         if paired and batch["image_id"] != batch["text_id"]:
@@ -119,7 +130,7 @@ class ContrastiveModule(LightningModule):
                 features["text"],
                 self.encoder.logit_scale,
                 self.encoder.logit_bias,
-                **{name: value for name, value in given.items() if value is not None},
+                **{name: value for name, value in inputs.items() if value is not None},
                 output_dict=True,
             )
         terms = {"loss": terms.pop("contrastive_loss"), **terms}

@@ -23,6 +23,7 @@ from medclip_lab.losses import build_loss
 from medclip_lab.training.build import prepare_model, start_temperature
 from medclip_lab.training.module import ContrastiveModule
 from medclip_lab.training.random_state import restore_random
+from medclip_lab.training.teacher import Teacher, with_teacher
 
 TOLD, WEIGHTS, RANDOM = "dump.json", "weights.safetensors", "random.safetensors"
 COPIED = ("config.yaml", "tokenizer")
@@ -80,13 +81,26 @@ def replay(dump: str | Path) -> dict[str, Any]:
     config = load_config(RunConfig, folder / "config.yaml")
     seed_everything(config.seed, verbose=False)
     loss = build_loss(config.loss)
+    teacher = None
+    if config.distill is not None:
+        teacher = Teacher(config.distill.bundle, config.data)
+        loss = with_teacher(loss, config.distill)
     encoder, tokenizer, _ = prepare_model(config.model, config.data, folder, 0)
     if isinstance(config.model.spec, dict):
         start_temperature(config.model, encoder, loss)
-    module = ContrastiveModule(encoder, loss, config.optim, 1, config.trainer.gradient_cache)
+    module = ContrastiveModule(
+        encoder, loss, config.optim, int(told["steps"]), config.trainer.gradient_cache, teacher=teacher
+    )
     module.load_state_dict(load_file(folder / WEIGHTS))
     number = int(told["batch"])
-    stream = BatchStream(config.data, tokenizer, number + 1, start=number, seed=config.seed)
+    stream = BatchStream(
+        config.data,
+        tokenizer,
+        number + 1,
+        start=number,
+        seed=config.seed,
+        teacher_tokenizer=None if teacher is None else teacher.tokenizer,
+    )
     batch = next(iter(stream))
     device = torch.device("cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     module.to(device).train()

@@ -1,8 +1,8 @@
 """Where a run goes on, and whether it may: a folder holds one run, and a checkpoint belongs to one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -16,8 +16,6 @@ from medclip_lab.training.ranks import flat
 CONFIG, FACTS, DONE = "config.yaml", "run.json", "done.json"
 ALWAYS_FREE = ("out", "checkpoint", "survival", "ranks")
 """Sections of a config that are no part of what a run is: it may go on with others."""
-FREE_AT_START = (*ALWAYS_FREE, "trainer", "optim")
-"""Sections in which a run may differ from the one whose checkpoint it begins with."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,8 @@ class Start:
     step: int = 0
     batch: int = 0
     """The first batch of the data's order that is still to come."""
+    origin: Path | None = None
+    """Folder of the run that a branch takes it from."""
 
     @property
     def ahead(self) -> int:
@@ -44,37 +44,37 @@ def start_of(path: Path | None) -> Start:
     return Start(path, int(manifest["step"]), int(manifest["batch"]))
 
 
-def find_start(config: Any, resume: str, store: Store, shards: dict[str, str]) -> Start:
+def find_start(config: Any, resume: Literal["auto", "never"], store: Store, shards: dict[str, str]) -> Start:
     """Where a run goes on; `resume` as in `medclip_lab.training.run.train`.
 
     Raises:
         UserError: a checkpoint of another run, or one that cannot be read.
     """
     path = store.newest_whole()
-    free: tuple[str, ...] = ALWAYS_FREE
-    if resume == "never" and path is not None:
-        raise UserError(f"--resume never: {path.parent.parent} has checkpoints: remove it, or choose another --out")
-    if resume not in ("auto", "never") and path is None:
-        path, free = open_checkpoint(resume, store.folder.parent / "start"), FREE_AT_START
+    if path is None and config.branch_from:
+        path = open_checkpoint(config.branch_from)
+        return replace(start_of(path), origin=path.parent.parent)
     if path is None:
         return Start()
-    told = difference((path / CONFIG).read_text(encoding="utf-8"), to_yaml(config), free, moved=True)
+    if resume == "never":
+        raise UserError(f"--resume never: {path.parent.parent} has checkpoints: remove it, or choose another --out")
+    told = difference((path / CONFIG).read_text(encoding="utf-8"), to_yaml(config), moved=True)
     if told is None and manifest_of(path)["shards"] != shards:
         told = "its shards are others"
     if told is not None:
-        raise UserError(f"checkpoint {path} is of another run: {told}. Choose another --out or --resume")
+        raise UserError(f"checkpoint {path} is of another run: {told}. Choose another --out")
     return start_of(path)
 
 
-def difference(there: str, here: str, free: tuple[str, ...], moved: bool = False) -> str | None:
-    """The first setting that two configs in YAML say otherwise, leaving out the sections `free`.
+def difference(there: str, here: str, moved: bool = False) -> str | None:
+    """The first setting of what a run is that two configs in YAML say otherwise.
 
     Args:
         moved: whether the shards may lie elsewhere.
     """
     first, second = (flat(yaml.safe_load(text)) for text in (there, here))
     for name in dict.fromkeys([*second, *first]):
-        if name.partition(".")[0] in free or (moved and name.endswith(".shards")):
+        if name.partition(".")[0] in ALWAYS_FREE or (moved and name.endswith(".shards")):
             continue
         if first.get(name) != second.get(name):
             return f"{name} is {first.get(name)!r} there and {second.get(name)!r} here"
@@ -89,7 +89,7 @@ def refuse_other_run(config: Any, facts: dict[str, Any], out: Path) -> None:
     """
     recorded = out / CONFIG
     if recorded.exists():
-        told = difference(recorded.read_text(encoding="utf-8"), to_yaml(config), ALWAYS_FREE)
+        told = difference(recorded.read_text(encoding="utf-8"), to_yaml(config))
         if told is not None:
             raise UserError(f"out: {out} holds a run with another config ({told}): choose another --out, or remove it")
     if not (out / FACTS).exists():

@@ -5,14 +5,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from lightning.pytorch import Trainer, seed_everything
 from safetensors.torch import save_file
 from torch import Tensor
 
 from medclip_lab import distributed
-from medclip_lab.config import to_yaml
+from medclip_lab.config import load_config, to_yaml
 from medclip_lab.data.manifest import Manifest
 from medclip_lab.data.pipeline import BatchStream, DataConfig, SourceConfig, loader, steps_once
 from medclip_lab.data.quarantine import listed
@@ -22,6 +22,7 @@ from medclip_lab.errors import StartAgainError, UserError
 from medclip_lab.files import atomic_file, digest, write_json
 from medclip_lab.losses import LossConfig, build_loss
 from medclip_lab.models.dual_encoder import ModelConfig
+from medclip_lab.training.branch import refuse_other_origin
 from medclip_lab.training.build import prepare_model, start_temperature
 from medclip_lab.training.checkpoint import CheckpointConfig, Store
 from medclip_lab.training.checkpoint_files import read_tensors, tensors_in
@@ -30,12 +31,13 @@ from medclip_lab.training.optim import OptimConfig
 from medclip_lab.training.precision import compile_towers
 from medclip_lab.training.ranks import RanksConfig, code_version, flat, refuse_odd_ranks
 from medclip_lab.training.report import write_report
-from medclip_lab.training.resume import CONFIG, DONE, FACTS, Start, find_start, refuse_other_run, start_of
+from medclip_lab.training.resume import CONFIG, DONE, FACTS, Start, find_start, refuse_other_run
 from medclip_lab.training.saving import Saver, Saving
 from medclip_lab.training.sharding import ShardedModule
 from medclip_lab.training.show import shown
 from medclip_lab.training.strategies import build_strategy
 from medclip_lab.training.survival import Asked, RollBackError, SurvivalConfig, Watch, listening
+from medclip_lab.training.teacher import DistillConfig, Teacher, with_teacher
 from medclip_lab.training.trainer import TrainerConfig, budget, build_trainer, device_of, quiet_lightning
 
 MODEL, WEIGHTS = "model.json", "model.safetensors"
@@ -51,6 +53,12 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    distill: DistillConfig | None = None
+    """A teacher to learn from: {bundle: FOLDER, weight: 1.0}."""
+    branch_from: str | None = None
+    """Folder of another run to take the first steps from, up to its newest checkpoint, or to one that is named: to cool
+    a long run down, with another `trainer.steps` and `optim.decay`. All that was decided before there must be the
+    same."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     survival: SurvivalConfig = field(default_factory=SurvivalConfig)
     ranks: RanksConfig = field(default_factory=RanksConfig)
@@ -59,14 +67,12 @@ class RunConfig:
     """Folder of the run: config, tokenizer, checkpoints, metrics, weights."""
 
 
-def train(config: RunConfig, resume: str = "auto", profile: int = 0) -> Path:
+def train(config: RunConfig, resume: Literal["auto", "never"] = "auto", profile: int = 0) -> Path:
     """Train, or go on where an interrupted run of the same folder was; returns the run folder.
 
     Args:
         resume: "auto" goes on from the newest whole checkpoint of the folder, and begins where there is none; "never"
-            refuses a folder that has one; else a checkpoint, or a run whose newest is meant, to begin with: of the same
-            model, data, loss and seed, whatever its schedule was. Once the run has checkpoints of its own it goes on
-            from those.
+            refuses a folder that has one.
         profile: steps to look at with torch's profiler.
 
     Raises:
@@ -87,7 +93,7 @@ def train(config: RunConfig, resume: str = "auto", profile: int = 0) -> Path:
             ) from None
 
 
-def _train(config: RunConfig, resume: str, profile: int, asked: Asked) -> Path:
+def _train(config: RunConfig, resume: Literal["auto", "never"], profile: int, asked: Asked) -> Path:
     out = Path(config.out).expanduser()
     facts: dict[str, Any] = {}
     problem = None
@@ -111,7 +117,7 @@ def _train(config: RunConfig, resume: str, profile: int, asked: Asked) -> Path:
             return out
         except RollBackError as back:
             rolled_back += 1
-            newest = _first(lambda: start_of(store.newest_whole()))
+            newest = _first(lambda: find_start(config, "auto", store, facts["shards"]))
             start = replace(newest, batch=back.batch + 1)
 
 
@@ -219,6 +225,10 @@ def _build(
             f"data.control: {type(loss).__name__} trains on labels and not on pairs, so shuffling pairs changes "
             "nothing: it would be no control"
         )
+    teacher = None
+    if config.distill is not None:
+        teacher = Teacher(config.distill.bundle, config.data)
+        loss = with_teacher(loss, config.distill)
     encoder, tokenizer, spec = prepare_model(config.model, config.data, out, rank)
     if isinstance(config.model.spec, dict):
         start_temperature(config.model, encoder, loss)
@@ -237,10 +247,15 @@ def _build(
             rank=rank,
             world_size=world_size,
             quarantine_path=quarantine_path,
+            teacher_tokenizer=None if teacher is None else teacher.tokenizer,
         )
     }
     if config.trainer.validates:
         streams["val"] = _validation_stream(config, tokenizer, rank, world_size, quarantine_path)
+        streams["val"].teacher_tokenizer = streams["train"].teacher_tokenizer
+    if start.origin is not None:
+        other = load_config(RunConfig, start.origin / CONFIG)
+        refuse_other_origin(config, other, facts, start.origin, start.step, encoder.model, loss)
     kind = ShardedModule if config.ranks.strategy == "fsdp" and world_size > 1 else ContrastiveModule
     module = kind(
         encoder,
@@ -250,6 +265,7 @@ def _build(
         config.trainer.gradient_cache,
         config.trainer.log_every,
         streams["train"].finish,
+        teacher,
     )
     if kind is ShardedModule and module.freezing.changes:
         raise UserError("optim.rules: shards cannot be frozen for a time only: set ranks.strategy to ddp")

@@ -163,6 +163,7 @@ class Watch(Callback):
             what = f"{what}, a spike" if spike else f"the gradient of step {step} is {norm}"
         told: dict[str, Any] = {
             "step": step,
+            "steps": trainer.max_steps,
             "batch": batch,
             "loss": str(loss),
             "gradient_norm": str(norm),

@@ -30,7 +30,7 @@ TIMEOUT = 180.0
 
 def start(config: RunConfig, before: Callable[..., None] | None = None, *arguments: Any) -> BaseProcess:
     """One process that trains; `before` is called in it first, with `arguments`."""
-    return _start(0, 1, 0, config, "auto", before, arguments, None)
+    return _start(0, 1, 0, config, before, arguments, None)
 
 
 def on_ranks(
@@ -38,7 +38,6 @@ def on_ranks(
     config: RunConfig | list[RunConfig],
     before: Callable[..., None] | None = None,
     *arguments: Any,
-    resume: str = "auto",
 ) -> list[tuple[int | None, str]]:
     """Train on so many ranks; their exit codes, and what stopped them. A list of configs gives each rank its own."""
     with socket.socket() as free:
@@ -46,9 +45,7 @@ def on_ranks(
         port = free.getsockname()[1]
     configs = config if isinstance(config, list) else [config] * world
     pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world)]
-    ranks = [
-        _start(rank, world, port, configs[rank], resume, before, arguments, pipes[rank][1]) for rank in range(world)
-    ]
+    ranks = [_start(rank, world, port, configs[rank], before, arguments, pipes[rank][1]) for rank in range(world)]
     answers = []
     for (receiving, sending), process in zip(pipes, ranks, strict=True):
         sending.close()
@@ -75,7 +72,6 @@ def _train(
     world: int,
     port: int,
     config: RunConfig,
-    resume: str,
     before: Callable[..., None] | None,
     arguments: tuple[Any, ...],
     told: Any,
@@ -88,7 +84,7 @@ def _train(
         before(*arguments)
     code = 0
     try:
-        train(config, resume)
+        train(config)
     except (UserError, StartAgainError) as error:
         code = 75 if isinstance(error, StartAgainError) else 2
         if told is not None:

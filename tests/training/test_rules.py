@@ -1,5 +1,8 @@
 """What a line of YAML does to the parameters of two real towers."""
 
+import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from medclip_lab.training.freezing import Freezing
 from medclip_lab.training.layers import layers_above
 from medclip_lab.training.optim import OptimConfig
 from medclip_lab.training.rules import Treatment, treatments
+from medclip_lab.training.run import RunConfig
 
 TEXT = {"context_length": 8, "vocab_size": 20, "width": 8, "heads": 1, "layers": 2}
 
@@ -199,3 +203,31 @@ def test_a_norm_without_parameters_goes_with_what_is_around_it(tmp_path: Any) ->
     treated = treat(model, "rules: [{match: a, freeze: true}]", tmp_path)
     Freezing(model, lambda: dict(model.named_parameters()), treated)
     assert [module.training for module in model.modules() if isinstance(module, nn.BatchNorm2d)] == [False, True]
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "training.md"
+
+
+def documented() -> list[str]:
+    """Every piece of YAML in the page: blocks, and the one-liners of its tables."""
+    text = DOCS.read_text(encoding="utf-8")
+    lines = [f"optim: {{{line}}}".replace(r"\|", "|") for line in re.findall(r"\| `(rules: .*)` \|", text)]
+    return [*re.findall(r"```yaml\n(.*?)```", text, re.DOTALL), *lines]
+
+
+def test_the_page_has_what_the_tests_try() -> None:
+    found = "".join(documented())
+    for text in ("{match: visual, freeze: true}", "{match: text, freeze: true}", "'(?!.*bias$|logit_)', freeze: true"):
+        assert text in found
+    assert len(documented()) >= 13
+
+
+@pytest.mark.parametrize("yaml", documented())
+def test_every_line_of_the_page_is_a_config(yaml: str, tmp_path: Any) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"data: {{sources: {{a: {{shards: x}}}}}}\n{yaml}")
+    config = load_config(RunConfig, path)
+    if config.optim.rules:
+        model = build("test_vit")
+        plain = treatments(model, replace(config.optim, rules=[]), 20000)
+        assert treatments(model, config.optim, 20000) != plain, "each line changes something"
