@@ -54,7 +54,8 @@ def prepare_model(config: ModelConfig, data: DataConfig, out: Path, rank: int) -
     else:
         model, tokenizer, spec = _inline(config, data, folder, rank)
     _refuse_other_size(spec, data)
-    _refuse_long_texts(config, data, tokenizer)
+    if rank == 0 and config.truncation == "refuse":
+        _refuse_long_texts(data, tokenizer)
     spec = fit_image_size(model, spec)
     if rank == 0 and config.tokenizer != "train" and hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(str(folder))
@@ -156,10 +157,8 @@ def _refuse_other_size(spec: Spec, data: DataConfig) -> None:
         )
 
 
-def _refuse_long_texts(config: ModelConfig, data: DataConfig, tokenizer: Any) -> None:
+def _refuse_long_texts(data: DataConfig, tokenizer: Any) -> None:
     """A report that is cut in its middle is a choice, which nobody has made yet."""
-    if config.truncation == "end":
-        return
     length = int(tokenizer.context_length)
     for name, source in data.sources.items():
         manifest = Manifest.load(source.shards)

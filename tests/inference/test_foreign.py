@@ -98,7 +98,7 @@ def test_an_open_clip_name_with_weights_of_this_machine(tmp_path: Path, toy_imag
         ("hf-hub:somebody/model", "would be fetched"),
         ("open_clip:ViT-B-32", "names no file of weights"),
         ("open_clip:ViT-B-32@TMP/none.pt", "names no file of weights"),
-        ("local-dir:TMP/half", "open_clip cannot build it"),
+        ("local-dir:TMP/half", "no such file: .*open_clip_config.json"),
     ],
 )
 def test_what_is_no_model_is_said(tmp_path: Path, name: str, message: str) -> None:

@@ -1,6 +1,7 @@
 """A run's towers and tokenizer as its settings describe them, up to a bundle; and settings that cannot work."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 
 import open_clip
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from medclip_lab.config import load_config
 from medclip_lab.errors import UserError
 from medclip_lab.inference.encoder import load
 from medclip_lab.training.build import prepare_model
@@ -134,7 +137,7 @@ def test_a_named_model_begins_from_a_folder(toy_config: Config, toy_bundle: Path
     (tmp_path / "run").mkdir()
     encoder, tokenizer, found = prepare_model(config.model, config.data, tmp_path / "run", 0)
     assert found["vision_cfg"]["timm_model_name"] == "test_resnet"
-    assert tokenizer(["heart"]).shape == (1, 24)
+    assert tokenizer(["heart"]).shape == (1, found["text_cfg"]["context_length"])
     expected = load_file(toy_bundle / "open_clip_model.safetensors")
     assert torch.equal(encoder.weights()["visual.head.proj.weight"], expected["visual.head.proj.weight"])
 
@@ -187,3 +190,25 @@ def test_settings_that_cannot_work(
 def test_texts_may_be_cut_when_asked(toy_config: Config, tmp_path: Path) -> None:
     cut = ["--model.spec.text_cfg.context_length=5", "--model.truncation=end", "--trainer.steps=1"]
     assert train(toy_config(tmp_path / "run", *cut))
+
+
+def documented() -> list[str]:
+    """The cells of the table of towers."""
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    return re.findall(r"^\| [^|]+ \| `(\{.*\})` \|$", page, re.MULTILINE)
+
+
+def test_the_page_on_towers_is_true(tmp_path: Path) -> None:
+    cells = documented()
+    assert len(cells) >= 10
+    towers = {"vision_cfg": open_clip.model.CLIPVisionCfg, "text_cfg": open_clip.model.CLIPTextCfg}
+    ours = {"vision_cfg": {"in_chans", "timm_input_size"}, "text_cfg": {"hf_config", "hf_layers"}}
+    for cell in cells:
+        path = tmp_path / "run.yaml"
+        path.write_text(f"data: {{sources: {{a: {{shards: x}}}}}}\nmodel: {cell}")
+        spec = load_config(RunConfig, path).model.spec
+        assert isinstance(spec, dict)
+        for tower, values in spec.items():
+            assert set(values) <= set(towers[tower].__dataclass_fields__) | ours[tower], cell
+            if "timm_model_name" in values:
+                assert timm.is_model(values["timm_model_name"])
