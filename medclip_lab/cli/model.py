@@ -75,12 +75,13 @@ def add_export(verbs: Verbs) -> None:
     parser.add_argument("run_folder", metavar="run", type=Path, help="folder of a finished run")
     parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
     parser.add_argument("--labelset", nargs="*", default=["chexpert14"], help="label sets to carry")
+    parser.add_argument("--truncate", action="store_true", help="cut prompts that are longer than the context")
 
 
 def _run_export(args: argparse.Namespace) -> None:
     from medclip_lab.training.export import export
 
-    manifest = export(args.run_folder, args.out, args.labelset, args.command)
+    manifest = export(args.run_folder, args.out, args.labelset, args.command, args.truncate)
     say(args, manifest, f"{args.out}: bundle {manifest['fingerprint'][:12]}, {len(manifest['files'])} files")
 
 
