@@ -18,9 +18,9 @@ def add_bench(verbs: Verbs) -> None:
     )
     parser.add_argument(
         "what",
-        choices=["losses", "data", "resume"],
+        choices=["losses", "data", "resume", "evaluate"],
         help="losses: forward and backward beside open_clip's; data: training batches a second beside open_clip's; "
-        "resume: going on in the middle of an epoch",
+        "resume: going on in the middle of an epoch; evaluate: building classifiers, full-gallery retrieval, intervals",
     )
     parser.add_argument(
         "--batch", type=int, default=None, help="rows of features (default: 8192; on a GPU several); data: samples (64)"
@@ -30,15 +30,25 @@ def add_bench(verbs: Verbs) -> None:
         "--out", type=Path, default=None, help="file for the JSON; losses: a drawing or a table beside it"
     )
     losses = parser.add_argument_group("losses")
-    losses.add_argument("--dim", type=int, default=None, help="embed dim (default: 768; on a GPU several)")
+    losses.add_argument(
+        "--dim", type=int, default=None, help="embed dim (default: 768; on a GPU several); evaluate: 512"
+    )
     losses.add_argument("--device", default="cpu", help="cpu: float32; cuda: bfloat16 and the fused kernels")
-    losses.add_argument("--only", nargs="+", default=None, help="names of losses (default: all)")
+    losses.add_argument(
+        "--only",
+        nargs="+",
+        default=None,
+        help="names of losses, or of parts of evaluate: bootstrap, retrieval, classifier (default: all)",
+    )
     data = parser.add_argument_group("data, resume")
     data.add_argument("--shards", nargs="+", type=Path, default=[], help="folders of shards to read")
     data.add_argument("--make", nargs="+", default=[], help="sets to make and read: 1024-jpeg, 320-jpeg, 512-png16")
     data.add_argument("--size", type=int, default=224, help="side of the images in a batch (default: 224)")
     data.add_argument(
-        "--samples", type=int, default=None, help="of each set, at most (default: 512); resume: in all (1,000,000)"
+        "--samples",
+        type=int,
+        default=None,
+        help="of each set, at most (default: 512); resume: in all (1,000,000); evaluate: of the gallery (20,000)",
     )
 
 
@@ -47,6 +57,8 @@ def _run_bench(args: argparse.Namespace) -> None:
         _bench_data(args)
     elif args.what == "resume":
         _bench_resume(args)
+    elif args.what == "evaluate":
+        _bench_evaluate(args)
     elif args.device == "cuda":
         _bench_on_gpu(args)
     else:
@@ -95,6 +107,19 @@ def _bench_resume(args: argparse.Namespace) -> None:
         write_json(args.out, result)
     told = ("first_batch_seconds", "peak_mib", "lost", "repeated")
     say(args, result, "\n".join(f"{name:<22}{result[name]}" for name in told))
+
+
+def _bench_evaluate(args: argparse.Namespace) -> None:
+    from medclip_lab.bench.evaluate import bench_evaluate, table
+    from medclip_lab.files import write_json
+
+    samples = 20_000 if args.samples is None else args.samples
+    result = bench_evaluate(samples, args.dim or 512, only=args.only, say=_tell)
+    result = {"command": args.command, **result}
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, result)
+    say(args, result, table(result))
 
 
 def _bench_on_gpu(args: argparse.Namespace) -> None:

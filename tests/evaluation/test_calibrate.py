@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any, get_args
@@ -73,7 +74,7 @@ def test_platt_equals_its_own_optimum() -> None:
 
 
 @given(st.integers(0, 1000))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_thresholds_are_the_best(seed: int) -> None:
     rng = np.random.default_rng(seed)
     probabilities, positive = rng.integers(0, 12, 40) / 12, rng.random(40) < 0.4
@@ -109,7 +110,7 @@ def test_labels_that_cannot_be_calibrated_have_a_reason() -> None:
         row = fit_label("a", scores, positive, "platt", rule, True)
         assert row["parameters"] is None
         assert row["threshold"] is None
-        assert __import__("re").search(reason, row["reason"]), row["reason"]
+        assert re.search(reason, row["reason"]), row["reason"]
     row = fit_label("a", np.linspace(0.1, 0.9, 50), np.arange(50) > 30, "platt", rule, True)
     assert (row["n"], row["positives"], row["prevalence"]) == (50, 19, 0.38)
     assert (row["sensitivity"], row["specificity"]) == (1.0, 1.0)
@@ -117,7 +118,7 @@ def test_labels_that_cannot_be_calibrated_have_a_reason() -> None:
 
 @pytest.mark.parametrize("text", ["best", "sensitivity", "sensitivity=high", "sensitivity=1.5", "youden=1"])
 def test_rules_that_are_none(text: str) -> None:
-    with pytest.raises(UserError, match="is none of youden, mcc, sensitivity=0.95"):
+    with pytest.raises(UserError, match=r"is none of youden, mcc, sensitivity=0\.95"):
         ThresholdRule.parse(text)
 
 
@@ -213,7 +214,8 @@ def test_a_second_set_joins_and_a_second_time_replaces(calibrated: Path, toy_sha
     bundle = Path(shutil.copytree(calibrated, tmp_path / "bundle"))
     own = tmp_path / "own.yaml"
     own.write_text(
-        "name: own\nlabels:\n  - {name: Cardiomegaly, positive: [The heart is enlarged.], negative: [Heart size is normal.]}\n"
+        "name: own\nlabels:\n"
+        "  - {name: Cardiomegaly, positive: [The heart is enlarged.], negative: [Heart size is normal.]}\n"
     )
     for method in ("platt", "isotonic"):
         calibrate(load(bundle, device="cpu"), toy_shards.folder, own, "train", method=method).save(bundle)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from medclip_lab.evaluation import retrieval as rooms
 from medclip_lab.evaluation.metrics import patient_weights
 from medclip_lab.evaluation.retrieval import both_ways, overlap_retrieval, retrieval
 from medclip_lab.losses.testing import Runner
+from tests.evaluation.on_a_rank import both_retrievals
 
 KS = (1, 2, 5)
 
@@ -204,19 +205,9 @@ def test_overlap_without_itself() -> None:
     assert overlap_retrieval(features, features, findings, findings, ks=(1,))["ndcg"][1] == 1.0
 
 
-def _on_a_rank(seed: int) -> Any:
-    rng = np.random.default_rng(seed)
-    left, right = rng.normal(size=(50, 6)).astype(np.float32), rng.normal(size=(50, 6)).astype(np.float32)
-    groups = [str(number // 2) for number in range(50)]
-    findings = rng.random((50, 4)) < 0.4
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rooms, "ROWS", 7)
-        return retrieval(left, right, groups, groups), overlap_retrieval(left, right, findings, findings)
-
-
 def test_ranks_share_the_work_and_agree(ranks: Runner) -> None:
-    alone = _on_a_rank(0)
-    for found in ranks(_on_a_rank, (0,)):
+    alone = both_retrievals(0)
+    for found in ranks(both_retrievals, (0,)):
         assert found[0] == alone[0]
         for name in ("ndcg", "chance", "mean_gain"):
             assert found[1][name] == pytest.approx(alone[1][name])
