@@ -20,6 +20,8 @@ ROWS = {
     *("--image", "--image-folder", "--labels", "--license", "--modality", "--no-label-text", "--patient", "--split"),
     *("--study", "--text", "--view"),
 }
+SCORING = {"--labelset", "--score", "--temperature", "--truncate"}
+ENSEMBLE = {"--ensemble", "--average"}
 FLAGS = {
     "demo": COMMON | {"--out", "--seed", "--studies"},
     "prepare phantom": PREPARE | {"--studies", "--seed", "--size"},
@@ -63,19 +65,27 @@ FLAGS = {
         "bundle",
         "shards",
         "--split",
-        "--labelset",
+        "--batch-zscore",
+        "--no-calibration",
+        "--compare",
+        "--collapse-texts",
         "--draws",
         "--seed",
         "--blur",
         "--shuffle-labels",
         "--out",
         "--max-bad",
-    },
-    "export": COMMON | {"run_folder", "--out", "--labelset", "--to"},
+    }
+    | SCORING
+    | ENSEMBLE,
+    "export": COMMON | {"run_folder", "--out", "--labelset", "--to", "--truncate"},
+    "calibrate": COMMON
+    | SCORING
+    | {"bundle", "shards", "--split", "--method", "--threshold", "--false-alarm", "--max-bad"},
     "embed": COMMON | {"bundle", "shards", "--out", "--split", "--include-text", "--max-bad"},
     "index": COMMON | {"embeddings", "--out", "--modality", "--include-text"},
     "search": COMMON | {"bundle", "index", "--text", "--image", "-k"},
-    "classify": COMMON | {"bundle", "images", "--labelset"},
+    "classify": COMMON | SCORING | ENSEMBLE | {"bundle", "images"},
     "bench": COMMON
     | {
         "what",
@@ -235,6 +245,16 @@ def place(toy_bundle: Path, toy_shards: Manifest, toy_run: Path, tmp_path: Path)
         ),
         ("evaluate BUNDLE SHARDS --out TMP", "is a folder"),
         ("evaluate BUNDLE SHARDS --draws 0", "at least one bootstrap draw"),
+        ("evaluate BUNDLE SHARDS --labelset nih15", "did you mean 'nih14'?"),
+        ("evaluate BUNDLE SHARDS --score softmax", "did you mean 'pair_softmax'?"),
+        ("evaluate BUNDLE SHARDS --temperature 1", "a temperature is that of 'pair_softmax'"),
+        ("evaluate BUNDLE SHARDS --compare TMP/empty", "empty"),
+        ("calibrate BUNDLE SHARDS --split test", "split 'test' is for evaluation alone"),
+        ("calibrate BUNDLE SHARDS --threshold best", "--threshold: 'best' is none of youden"),
+        ("calibrate BUNDLE SHARDS --method plat", "did you mean 'platt'?"),
+        ("calibrate BUNDLE SHARDS --false-alarm 2", "a share between 0 and 1, got 2"),
+        ("classify BUNDLE TMP/none.png --score sigmoids", "did you mean 'sigmoid'?"),
+        ("bench evaluate --only boots", "did you mean 'bootstrap'?"),
         ("embed BUNDLE SHARDS --out TMP/bad.csv", "bad.csv"),
         ("train --config phantom --out TMP/r --trainer.devices=2", "torchrun --nproc_per_node 2"),
         ("train --config phantom --out TMP/r --trainer.log_every=0", "log_every"),
@@ -295,6 +315,19 @@ def test_the_whole_way_by_commands(
     image = out / "image.png"
     image.write_bytes(next(toy_images(toy_shards)))
     assert run_json(capsys, "classify", bundle, str(image))[0]["labels"]["Edema"]["probability"] is None
+    assert main(["classify", bundle, str(image), "--ensemble", bundle, "--average", "logits"]) == 0
+    assert "the bundle is not calibrated" in capsys.readouterr().out
+    facts = run_json(capsys, "calibrate", bundle, shards, "--split", "train")
+    assert facts["hash"]
+    assert "patients" not in facts
+    answer = run_json(capsys, "classify", bundle, str(image))[0]
+    assert answer["labels"]["Cardiomegaly"]["decision"] in (True, False)
+    assert answer["out_of_domain"]["flag"] in (True, False)
+    assert main(["classify", bundle, str(image)]) == 0
+    assert "operating" in capsys.readouterr().out
+    both = run_json(capsys, "evaluate", bundle, shards, "--draws", "10", "--compare", bundle, "--collapse-texts")
+    assert both["zero_shot"]["comparison"]["macro"]["auroc"]["difference"] == 0.0
+    assert both["zero_shot"]["calibration"]["hash"] == facts["hash"]
     hits = run_json(capsys, "search", bundle, str(out / "i"), "--image", str(image), "-k", "1000")
     assert len(hits) == toy_shards.count("test")
     assert main(["search", bundle, str(out / "i"), "--text", "x"]) == 0

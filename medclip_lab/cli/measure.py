@@ -19,10 +19,11 @@ def add_bench(verbs: Verbs) -> None:
     )
     parser.add_argument(
         "what",
-        choices=["losses", "data", "resume", "train", "scale"],
+        choices=["losses", "data", "resume", "train", "scale", "evaluate"],
         help="losses: forward and backward beside open_clip's; data: training batches a second beside open_clip's; "
         "resume: going on in the middle of an epoch; train: samples a second beside a bare loop and open_clip's "
-        "trainer; scale: a model of a step fitted here and taken to many GPUs",
+        "trainer; scale: a model of a step fitted here and taken to many GPUs; evaluate: building classifiers, "
+        "full-gallery retrieval, intervals",
     )
     parser.add_argument(
         "--batch", type=int, default=None, help="rows of features (default: 8192; on a GPU several); data: samples (64)"
@@ -32,15 +33,26 @@ def add_bench(verbs: Verbs) -> None:
         "--out", type=Path, default=None, help="file for the JSON; losses: a drawing or a table beside it"
     )
     losses = parser.add_argument_group("losses")
-    losses.add_argument("--dim", type=int, default=None, help="embed dim (default: 768; on a GPU several)")
+    losses.add_argument(
+        "--dim", type=int, default=None, help="embed dim (default: 768; on a GPU several); evaluate: 512"
+    )
     losses.add_argument("--device", default="cpu", help="cpu: float32; cuda: bfloat16 and the fused kernels")
-    losses.add_argument("--only", nargs="+", default=None, help="names of losses, or of cases of train (default: all)")
+    losses.add_argument(
+        "--only",
+        nargs="+",
+        default=None,
+        help="names of losses, of cases of train, or of parts of evaluate: bootstrap, retrieval, classifier "
+        "(default: all)",
+    )
     data = parser.add_argument_group("data, resume, train")
     data.add_argument("--shards", nargs="+", type=Path, default=[], help="folders of shards to read")
     data.add_argument("--make", nargs="+", default=[], help="sets to make and read: 1024-jpeg, 320-jpeg, 512-png16")
     data.add_argument("--size", type=int, default=224, help="side of the images in a batch (default: 224)")
     data.add_argument(
-        "--samples", type=int, default=None, help="of each set, at most (default: 512); resume: in all (1,000,000)"
+        "--samples",
+        type=int,
+        default=None,
+        help="of each set, at most (default: 512); resume: in all (1,000,000); evaluate: of the gallery (20,000)",
     )
 
 
@@ -53,6 +65,8 @@ def _run_bench(args: argparse.Namespace) -> None:
         _bench_train(args)
     elif args.what == "scale":
         _bench_scale(args)
+    elif args.what == "evaluate":
+        _bench_evaluate(args)
     elif args.device == "cuda":
         _bench_on_gpu(args)
     else:
@@ -119,6 +133,13 @@ def _keep(args: argparse.Namespace, result: dict[str, Any], table: Callable[[dic
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, result)
     say(args, result, table(result))
+
+
+def _bench_evaluate(args: argparse.Namespace) -> None:
+    from medclip_lab.bench.evaluate import bench_evaluate, table
+
+    samples = 20_000 if args.samples is None else args.samples
+    _keep(args, bench_evaluate(samples, args.dim or 512, only=args.only, say=_tell), table)
 
 
 def _bench_on_gpu(args: argparse.Namespace) -> None:

@@ -112,6 +112,7 @@ def add_export(verbs: Verbs) -> None:
         default="bundle",
         help="transformers: a folder for Hugging Face's zero-shot-image-classification (default: bundle)",
     )
+    parser.add_argument("--truncate", action="store_true", help="cut prompts that are longer than the context")
 
 
 def _run_export(args: argparse.Namespace) -> None:
@@ -124,7 +125,7 @@ def _run_export(args: argparse.Namespace) -> None:
         return
     from medclip_lab.training.export import export
 
-    manifest = export(args.run_folder, args.out, args.labelset, args.command)
+    manifest = export(args.run_folder, args.out, args.labelset, args.command, args.truncate)
     say(args, manifest, f"{args.out}: bundle {manifest['fingerprint'][:12]}, {len(manifest['files'])} files")
 
 

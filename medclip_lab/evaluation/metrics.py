@@ -66,6 +66,7 @@ class Thresholds:
         """[R] the greatest specificity of a threshold with at least this sensitivity."""
         reached = np.cumsum(self.hits, axis=0) >= -_slack(-sensitivity * self.positives)
         wrong = np.where(reached, self.false_positives, np.inf).min(0)
+        wrong = np.where(sensitivity > 0, wrong, 0)  # to call nobody is enough for a sensitivity of 0
         return 1 - _ratio(wrong, self.negatives * (self.positives > 0))
 
 

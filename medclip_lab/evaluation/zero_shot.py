@@ -39,7 +39,7 @@ class Scoring:
     truncate: bool = False
     calibrated: bool = True
 
-    def classifier(self, encoder: Encoder, labelset: str | Path) -> ZeroShotClassifier:
+    def classifier(self, encoder: Encoder, labelset: str | Path | LabelSet) -> ZeroShotClassifier:
         return encoder.zero_shot_classifier(labelset, **asdict(self))
 
 
@@ -50,7 +50,7 @@ Embedded = tuple[Encoder, HeldOut]
 def zero_shot(
     encoder: Encoder,
     held_out: HeldOut,
-    labelset: str | Path,
+    labelset: str | Path | LabelSet,
     draws: int = 1000,
     seed: int = 0,
     scoring: Scoring = Scoring(),
@@ -71,6 +71,7 @@ def zero_shot(
     """
     if draws < 1:
         raise UserError(f"evaluate: at least one bootstrap draw is needed, got {draws}")
+    prompts = labelset if isinstance(labelset, LabelSet) else encoder.labelset(labelset)
     models = [(encoder, held_out), *ensemble]
     members = [scoring.classifier(member, labelset) for member, _ in models]
     classifier: ZeroShotClassifier | ClassifierEnsemble = members[0]
@@ -93,9 +94,9 @@ def zero_shot(
         "rule": classifier.rule,
         "calibration": _calibration(classifier, held_out),
         "policy": "uncertain left out, not mentioned counts as absent; first image of each study",
-        "no_finding": _no_finding(encoder.labelset(labelset)),
+        "no_finding": _no_finding(prompts),
         "macro": _macro(measured, classifier.names),
-        "groups": {name: _macro(measured, members) for name, members in encoder.labelset(labelset).groups.items()},
+        "groups": {name: _macro(measured, members) for name, members in prompts.groups.items()},
         "labels": measured.rows,
         "bootstrap": {"draws": draws, "by": "patient", "seed": seed, "level": 0.95},
     }

@@ -19,15 +19,22 @@ from medclip_lab.training.resume import CONFIG, DONE
 from medclip_lab.training.run import MODEL, WEIGHTS, RunConfig
 
 
-def export(run: str | Path, out: str | Path, labelsets: list[str] | None = None, command: str = "") -> dict[str, Any]:
+def export(
+    run: str | Path,
+    out: str | Path,
+    labelsets: list[str] | None = None,
+    command: str = "",
+    truncate: bool = False,
+) -> dict[str, Any]:
     """Write the bundle of a finished run to `out`, whole or not at all; returns its manifest.
 
     Args:
         command: what made the bundle, for its manifest.
+        truncate: cut prompts that are longer than the model's context.
         labelsets: label sets (names of shipped ones, or YAML files) whose classifiers the bundle carries.
 
     Raises:
-        UserError: the run is not finished, or `out` holds something else.
+        UserError: the run is not finished, `out` holds something else, or a prompt is too long.
     """
     run, out = existing_folder(run, "run"), Path(out).expanduser()
     if not (run / WEIGHTS).exists() or not (run / DONE).exists():
@@ -64,6 +71,6 @@ def export(run: str | Path, out: str | Path, labelsets: list[str] | None = None,
         encoder = load(folder, device="cpu")
         (folder / "classifiers").mkdir()
         for path in paths:
-            classifier = encoder.zero_shot_classifier(path)
+            classifier = encoder.zero_shot_classifier(path, truncate=truncate)
             classifier.save(folder / "classifiers" / f"{classifier.labelset}.safetensors")
         return finish_bundle(folder, command, facts)
