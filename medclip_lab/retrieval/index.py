@@ -39,6 +39,8 @@ class Index:
         self.index, self.table = opened.index, opened.rows
         self.groups = Groups(opened.starts, opened.members)
         self.removed = opened.removed
+        self._alone = len(self.groups.members) == self.index.ntotal
+        """Every row has a vector of its own."""
         self._dead = np.isin(self.table["id"].to_numpy(), self.removed) if len(self.removed) else None
 
     def __len__(self) -> int:
@@ -93,13 +95,17 @@ class Index:
         wanted = min(k, self.index.ntotal)
         while len(waiting) and wanted:
             found = search(self.index, vectors[waiting], wanted, parameters)
+            if self._alone and self._dead is None and (found[1] >= 0).all():
+                return found[0].tolist(), self.groups.members[found[1]].tolist()
             for query, near, vector in zip(waiting, *found, strict=True):
                 scores[query], rows[query] = self._expand(near, vector, k)
-            if wanted == self.index.ntotal:
-                break
-            # Vectors of removed rows alone took places: ask for more, until there are k or all were looked at.
+            # Vectors of removed rows took places, or the lists that were read hold fewer than k: look further, until
+            # there are k or all was looked at.
             waiting = np.array([query for query in waiting if len(rows[query]) < min(k, len(self))], np.int64)
-            wanted = min(2 * wanted, self.index.ntotal)
+            before, wanted = (wanted, parameters), min(2 * wanted, self.index.ntotal)
+            parameters = parameters.wider(self.index)
+            if before == (wanted, parameters):
+                break
         return scores, rows
 
     def _expand(self, scores: Floats, vectors: Rows, k: int) -> tuple[list[float], list[int]]:
