@@ -71,8 +71,12 @@ FLAGS = {
         "--max-bad",
     },
     "export": COMMON | {"run_folder", "--out", "--labelset"},
-    "embed": COMMON | {"bundle", "shards", "--out", "--split", "--include-text", "--max-bad"},
-    "index": COMMON | {"embeddings", "--out", "--modality", "--include-text"},
+    "embed": COMMON
+    | {"bundle", "shards", "--out", "--split", "--include-text", "--max-bad"}
+    | {"--modalities", "--texts", "--dtype", "--batch-size", "--workers", "--device"},
+    "index": COMMON
+    | {"embeddings", "--out", "--modality", "--include-text", "--add", "--remove"}
+    | {"--target-recall", "--at", "--max-memory", "--queries", "--factory", "--no-dedup", "--seed"},
     "search": COMMON | {"bundle", "index", "--text", "--image", "-k"},
     "classify": COMMON | {"bundle", "images", "--labelset"},
     "bench": COMMON
@@ -88,6 +92,10 @@ FLAGS = {
         "--size",
         "--samples",
         "--out",
+        "--gap",
+        "--queries",
+        "--target-recall",
+        "--max-memory",
     },
     "doctor": COMMON,
 }
@@ -220,6 +228,13 @@ def place(toy_bundle: Path, toy_shards: Manifest, toy_run: Path, tmp_path: Path)
         ("evaluate BUNDLE SHARDS --labelset nothing", "no shipped set is called 'nothing'"),
         ("embed BUNDLE TMP/none --out TMP/e", "no such folder"),
         ("index TMP/none --out TMP/i", "no such file"),
+        ("index --out TMP/i", "at least one folder"),
+        ("index TMP/none --out TMP/i --max-memory lots", "'lots' is no size"),
+        ("index TMP/none --out TMP/i --target-recall 2", "a share above 0"),
+        ("index TMP/none --out TMP/i --add TMP/empty", "name no other embeddings"),
+        ("index --out TMP/i --remove TMP/none", "cannot read"),
+        ("embed BUNDLE SHARDS --out TMP/e --modalities sound", "modalities are image and text"),
+        ("embed BUNDLE SHARDS --out TMP/e --workers -1", "--workers"),
         ("search BUNDLE TMP/none --text x", "no such folder"),
         ("classify BUNDLE TMP/none.png", "cannot read"),
         ("classify BUNDLE TMP/bad.csv", "no decoder for .csv"),
@@ -286,8 +301,10 @@ def test_the_whole_way_by_commands(
     assert results["zero_shot"]["macro"]["labels"] == 1
     assert json.loads((out / "r.json").read_text())["split"] == "test"
     embeddings = run_json(capsys, "embed", bundle, shards, "--split", "test", "--out", str(out / "e"))
-    assert not embeddings["text_included"]
-    assert run_json(capsys, "index", str(out / "e"), "--out", str(out / "i"))["recall_at_10"]["text"] == 1.0
+    assert not embeddings["include_text"]
+    goals = ("--target-recall", "1.0", "--at", "5", "--queries", "image,text", "--max-memory", "8GB")
+    made = run_json(capsys, "index", str(out / "e"), "--out", str(out / "i"), *goals)
+    assert made["recall"]["text"]["confirmed"] == 1.0
     hits = run_json(capsys, "search", bundle, str(out / "i"), "--text", "The heart is enlarged.", "-k", "3")
     assert [hit["rank"] for hit in hits] == [1, 2, 3]
     assert "text" not in hits[0]
@@ -298,6 +315,16 @@ def test_the_whole_way_by_commands(
     assert len(hits) == toy_shards.count("test")
     assert main(["search", bundle, str(out / "i"), "--text", "x"]) == 0
     assert "cosine" in capsys.readouterr().out
+    assert run_json(capsys, "embed", bundle, shards, "--split", "val", "--out", str(out / "v"))["run"]["rows"]["text"]
+    grown = run_json(capsys, "index", "--add", str(out / "v"), "--out", str(out / "i"))
+    assert grown["changed"]["added"] == toy_shards.count("val")
+    (out / "gone.txt").write_text(hits[0]["study_id"] + "\n")
+    assert main(["index", "--remove", str(out / "gone.txt"), "--out", str(out / "i")]) == 0
+    told = capsys.readouterr().out
+    assert f"{toy_shards.count('val')} rows were added and 1 removed" in told
+    assert "build it anew" in told
+    hits_now = run_json(capsys, "search", bundle, str(out / "i"), "--image", str(image), "-k", "1000")
+    assert hits[0]["study_id"] not in [hit["study_id"] for hit in hits_now]
 
 
 def toy_images(manifest: Manifest) -> Any:
@@ -339,6 +366,16 @@ def test_doctor_finds_two_faiss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
     problems = examine(tmp_path)["problems"]
     assert any("2 faiss packages (faiss-cpu, faiss-gpu) install the same module" in problem for problem in problems)
+
+
+def test_doctor_names_the_faiss_that_fits() -> None:
+    from medclip_lab.doctor import fitting_faiss
+
+    assert fitting_faiss("13.2", True).startswith("faiss-gpu-cuvs")
+    assert fitting_faiss("12.8", True).startswith("faiss-gpu:")
+    assert fitting_faiss("13.2", False).startswith("faiss-cpu")
+    assert fitting_faiss(None, False).startswith("faiss-cpu")
+    assert "no package for CUDA 20.1" in fitting_faiss("20.1", True)
 
 
 def test_module_is_the_command() -> None:

@@ -18,9 +18,9 @@ def add_bench(verbs: Verbs) -> None:
     )
     parser.add_argument(
         "what",
-        choices=["losses", "data", "resume"],
+        choices=["losses", "data", "resume", "index"],
         help="losses: forward and backward beside open_clip's; data: training batches a second beside open_clip's; "
-        "resume: going on in the middle of an epoch",
+        "resume: going on in the middle of an epoch; index: recall, speed and memory beside plain faiss",
     )
     parser.add_argument(
         "--batch", type=int, default=None, help="rows of features (default: 8192; on a GPU several); data: samples (64)"
@@ -38,8 +38,16 @@ def add_bench(verbs: Verbs) -> None:
     data.add_argument("--make", nargs="+", default=[], help="sets to make and read: 1024-jpeg, 320-jpeg, 512-png16")
     data.add_argument("--size", type=int, default=224, help="side of the images in a batch (default: 224)")
     data.add_argument(
-        "--samples", type=int, default=None, help="of each set, at most (default: 512); resume: in all (1,000,000)"
+        "--samples",
+        type=int,
+        default=None,
+        help="of each set, at most (default: 512); resume: in all (1,000,000); index: vectors (100,000)",
     )
+    index = parser.add_argument_group("index (--dim: 512 by default)")
+    index.add_argument("--gap", type=float, default=1.0, help="how far images and texts lie apart (default: 1)")
+    index.add_argument("--queries", type=int, default=500, help="of each direction (default: 500)")
+    index.add_argument("--target-recall", type=float, default=0.95, help="asked of ours (default: 0.95)")
+    index.add_argument("--max-memory", default=None, help="given to ours, as 1GB (default: 3/4 of the machine's)")
 
 
 def _run_bench(args: argparse.Namespace) -> None:
@@ -47,6 +55,8 @@ def _run_bench(args: argparse.Namespace) -> None:
         _bench_data(args)
     elif args.what == "resume":
         _bench_resume(args)
+    elif args.what == "index":
+        _bench_index(args)
     elif args.device == "cuda":
         _bench_on_gpu(args)
     else:
@@ -97,6 +107,25 @@ def _bench_resume(args: argparse.Namespace) -> None:
     say(args, result, "\n".join(f"{name:<22}{result[name]}" for name in told))
 
 
+def _bench_index(args: argparse.Namespace) -> None:
+    from medclip_lab.bench.index import bench_index, draw_index
+    from medclip_lab.bench.vectors import Corpus
+    from medclip_lab.files import write_json
+    from medclip_lab.retrieval.choose import Goals
+    from medclip_lab.retrieval.memory import parse_size
+
+    samples = 100_000 if args.samples is None else args.samples
+    corpus = Corpus(size=samples, dim=args.dim or 512, gap=args.gap)
+    memory = None if args.max_memory is None else parse_size(args.max_memory)
+    result = bench_index(corpus, Goals(args.target_recall, max_memory=memory), args.queries, args.only, _tell)
+    result = {"command": args.command, **result}
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, result)
+        draw_index(result, args.out.with_suffix(".svg"))
+    say(args, result, "" if args.out is None else f"{args.out}\n{args.out.with_suffix('.svg')}")
+
+
 def _bench_on_gpu(args: argparse.Namespace) -> None:
     from medclip_lab import gpu_bench
     from medclip_lab.files import atomic_file, write_json
@@ -127,6 +156,7 @@ def _run_doctor(args: argparse.Namespace) -> int:
     devices = ", ".join(device["name"] for device in facts["torch"].get("devices", [])) or "CPU only"
     lines += [f"{'devices':<18}{devices} (torch built for {'CUDA ' + cuda if cuda else 'CPU'})"]
     lines += [f"{'faiss':<18}{', '.join(f'{n} {v}' for n, v in facts['faiss'].items()) or 'none'}"]
+    lines += [f"{'faiss that fits':<18}{facts['faiss_that_fits']}"]
     lines += [f"problem: {problem}" for problem in facts["problems"]] or ["no problem found"]
     say(args, facts, "\n".join(lines))
     return 1 if facts["problems"] else 0

@@ -209,14 +209,15 @@ class _Search:
         return trial
 
     def _make(self, key: str) -> Any:
-        main = self.gallery.main
+        main, held = self.gallery.main, self.gallery.held_out
         index = families.make(key, main.dim)
         rows = families.training_rows(index, len(main))
         if rows:
             rng = np.random.default_rng(self.goals.seed)
             families.train(index, main.take(np.sort(rng.choice(len(main), rows, replace=False))))
             release()
-        families.add(index, lambda: (block for _, block in main.blocks()), self.gallery.size, self.meter.check)
+        main_rows, held_rows = ((lambda given=given: (block for _, block in given.blocks())) for given in (main, held))
+        families.add(index, main_rows, held_rows, self.gallery.size, self.meter.check)
         return index
 
     def _choice(self, trial: Trial) -> Choice:

@@ -4,7 +4,8 @@ Bytes of a vector of D dimensions: Flat 4 D, SQfp16 2 D, SQ8 D; a graph adds 8 M
 D/2 codes of 4 bits D/4, RaBitQ D/8 + 8. A refined index holds its coarse codes and the finer ones it reranks with.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -191,11 +192,16 @@ class _List:
         self.lists.resize(self.number, count)
 
 
-def add(index: Any, rows: Callable[[], Any], size: int, check: Callable[[], None]) -> None:
-    """Fill a trained, empty index with `size` vectors.
+Blocks = Callable[[], Iterable[Floats]]
+
+
+def add(index: Any, rows: Blocks, later: Blocks, size: int, check: Callable[[], None]) -> None:
+    """Fill a trained, empty index.
 
     Args:
         rows: gives the blocks, float32 [n, D], from the first; called twice where there are lists.
+        later: those that will be added afterwards, for which room is left.
+        size: vectors of both.
         check: called after each block.
     """
     reserve(index, size)
@@ -203,7 +209,7 @@ def add(index: Any, rows: Callable[[], Any], size: int, check: Callable[[], None
     fast = part_of(index, "IndexFastScan") is not None or part_of(index, "IndexIVFFastScan") is not None
     if lists is not None and not fast and part_of(index, "IndexPreTransform") is None:
         counts = np.zeros(lists.nlist, np.int64)
-        for block in rows():
+        for block in chain(rows(), later()):
             assigned = lists.quantizer.search(block, 1)[1].ravel()
             counts += np.bincount(assigned, minlength=lists.nlist)
             check()

@@ -32,6 +32,8 @@ class Index(Store):
         self.groups = Groups(opened.starts, opened.members)
         self.removed = opened.removed
         self.dim = int(self.index.d)
+        self._alone = len(self.groups.members) == self.index.ntotal
+        """Every row has a vector of its own."""
         self._ids: Rows = self.table["id"].to_numpy()
         self._dead = np.isin(self._ids, self.removed) if len(self.removed) else None
         # What is not asked for is not read.
@@ -59,15 +61,15 @@ class Index(Store):
     ) -> tuple[list[list[float]], list[list[int]]]:
         """As `Store.near`."""
         chosen = self._select(where) if where else None
-        scores, rows = self._nearest(vectors, k, parameters or self.parameters(direction), chosen)
+        scores, rows = self.nearest(vectors, k, parameters or self.parameters(direction), chosen)
         return scores, [[int(self._ids[row]) for row in those] for those in rows]
 
     def _select(self, where: Where) -> Selection:
         met = mask(self.table, where)
         return select(met if self._dead is None else met & ~self._dead, self.groups)
 
-    def _nearest(
-        self, vectors: Floats, k: int, parameters: Parameters, chosen: Selection | None
+    def nearest(
+        self, vectors: Floats, k: int, parameters: Parameters, chosen: Selection | None = None
     ) -> tuple[list[list[float]], list[list[int]]]:
         """Scores and rows of the table for each query, best first, k or all that may be found."""
         scores: list[list[float]] = [[] for _ in vectors]
@@ -83,14 +85,17 @@ class Index(Store):
             wanted = wanted if selector is not None else min(total, math.ceil(k / chosen.share))
         while len(waiting) and not narrow:
             near = found(self.index, vectors[waiting], wanted, parameters, selector)
+            at_once = len(waiting) == len(vectors) and chosen is None and self._alone and self._dead is None
+            if at_once and (near[1] >= 0).all():
+                return near[0].tolist(), self.groups.members[near[1]].tolist()
             for query, near_scores, near_vectors in zip(waiting, *near, strict=True):
                 scores[query], rows[query] = self._expand(near_scores, near_vectors, k, chosen)
-            # Rows that are no answers took places: ask for more, while there is more to be had.
-            ended = wanted == total or bool((near[1] < 0).any())
+            # Rows that are no answers took places, or the lists that were read hold fewer than k: look further.
             waiting = np.array([query for query in waiting if len(rows[query]) < k], np.int64)
-            wanted = min(2 * wanted, total)
-            if ended:
-                break
+            before, wanted = (wanted, parameters), min(2 * wanted, total)
+            parameters = parameters.wider(self.index)
+            if before == (wanted, parameters):
+                break  # a graph has corners that no search comes to
         if len(waiting):
             among = np.arange(total) if chosen is None else chosen.vectors
             # A vector that stands for removed rows alone takes a place and gives nothing.
@@ -134,7 +139,7 @@ class Index(Store):
         Raises:
             UserError: there is no such id.
         """
-        return [self._row(self._place(number), text) for number in ids]
+        return [self.row(self._place(number), text) for number in ids]
 
     def add(self, embeddings: Folders) -> dict[str, Any]:
         """Add embeddings to the folder: see `update.add_to_index`. This object goes on with what it opened."""
@@ -149,7 +154,8 @@ class Index(Store):
         vector_of[self.groups.members] = np.repeat(np.arange(self.index.ntotal), np.diff(self.groups.starts))
         return vector_of
 
-    def _row(self, number: int, text: bool) -> dict[str, Any]:
+    def row(self, number: int, text: bool = False) -> dict[str, Any]:
+        """A row by its place in the table."""
         row: dict[str, Any] = (self.table if text else self._textless).slice(number, 1).to_pylist()[0]
         return row | {"labels": dict(row.get("labels") or ())}
 

@@ -1,6 +1,6 @@
 """Search parameters as values: they go with each call, so that threads share an index and nobody sets it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from medclip_lab.errors import UserError
@@ -27,6 +27,15 @@ class Parameters:
 
     def given(self) -> dict[str, int]:
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def wider(self, index: Any) -> "Parameters":
+        """Twice the lists or vertices, up to all there are."""
+        lists = part_of(index, "IndexIVF")
+        return replace(
+            self,
+            nprobe=self.nprobe and min(2 * self.nprobe, lists.nlist if lists is not None else 1),
+            ef_search=self.ef_search and min(2 * self.ef_search, max(index.ntotal, 1)),
+        )
 
     def for_faiss(self, index: Any, k: int, selector: Any = None) -> Any:
         """faiss's own object, or None where an index takes none.
