@@ -57,7 +57,7 @@ def test_an_image_finds_itself(index: Path, embeddings: Path) -> None:
 def test_text_finds_images_with_the_finding(index: Path, toy_bundle: Path) -> None:
     encoder = medclip_lab.load(toy_bundle, device="cpu")
     opened = medclip_lab.open_index(index, bundle_fingerprint=encoder.fingerprint)
-    hits = opened.search(encoder.encode_texts(["The heart is enlarged."]), k=5, direction="text")[0]
+    hits = opened.search(encoder.encode_texts(["The heart is enlarged."]), k=5, direction="text", with_text=True)[0]
     assert sum("enlarged" in hit.row["text"] for hit in hits) >= 4
     assert sum(hit.row["labels"]["Cardiomegaly"] for hit in hits) >= 4
 
