@@ -1,37 +1,29 @@
 """An opened index: the nearest vectors to a query, and the rows they stand for."""
 
+import math
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from medclip_lab.errors import UserError
-from medclip_lab.retrieval.build import strictest
-from medclip_lab.retrieval.embeddings import Floats, Rows, check_unit
+from medclip_lab.retrieval.build import Folders, strictest
+from medclip_lab.retrieval.embeddings import Floats, Rows
+from medclip_lab.retrieval.filters import Where, mask
 from medclip_lab.retrieval.gallery import Groups
 from medclip_lab.retrieval.parameters import Parameters
-from medclip_lab.retrieval.recall import search
+from medclip_lab.retrieval.recall import search as found
+from medclip_lab.retrieval.search import Hit, Store
+from medclip_lab.retrieval.selection import Selection, decoded, harder, nearest_of, select
 from medclip_lab.retrieval.store import Opened
 
-
-@dataclass(frozen=True)
-class Hit:
-    """One answer of a search."""
-
-    rank: int
-    score: float
-    """Cosine similarity; of the index's codes, if those are fewer bits than the vectors were."""
-    id: int
-    study_id: str
-    row: dict[str, Any]
-    """Everything the table knows of it; report text only if the index holds it."""
+__all__ = ["Hit", "Index", "open_index"]
 
 
-class Index:
+class Index(Store):
     """An opened index folder. `open_index` makes one. Any number of threads may search it."""
 
     def __init__(self, opened: Opened) -> None:
@@ -39,9 +31,13 @@ class Index:
         self.index, self.table = opened.index, opened.rows
         self.groups = Groups(opened.starts, opened.members)
         self.removed = opened.removed
+        self.dim = int(self.index.d)
         self._alone = len(self.groups.members) == self.index.ntotal
         """Every row has a vector of its own."""
-        self._dead = np.isin(self.table["id"].to_numpy(), self.removed) if len(self.removed) else None
+        self._ids: Rows = self.table["id"].to_numpy()
+        self._dead = np.isin(self._ids, self.removed) if len(self.removed) else None
+        # What is not asked for is not read.
+        self._textless = self.table.drop_columns([name for name in self.table.column_names if name == "text"])
 
     def __len__(self) -> int:
         """Rows that can be found."""
@@ -60,93 +56,114 @@ class Index:
             raise UserError(f"search: {self.folder} was measured with {', '.join(known)} queries, not with {direction}")
         return Parameters(**known[direction])
 
-    def search(
-        self,
-        queries: NDArray[np.float32],
-        k: int = 10,
-        *,
-        direction: str | None = None,
-        parameters: Parameters | None = None,
-    ) -> list[list[Hit]]:
-        """The k nearest of each query by cosine, best first; fewer if the index holds fewer.
+    def near(
+        self, vectors: Floats, k: int, where: Where, direction: str | None, parameters: Parameters | None
+    ) -> tuple[list[list[float]], list[list[int]]]:
+        """As `Store.near`."""
+        chosen = self._select(where) if where else None
+        scores, rows = self.nearest(vectors, k, parameters or self.parameters(direction), chosen)
+        return scores, [[int(self._ids[row]) for row in those] for those in rows]
 
-        Args:
-            queries: [Q, D] or [D], unit norm, of the bundle the index was built with.
-            direction: what the queries are, "image" or "text"; None searches as thoroughly as the harder of them needs.
-            parameters: to search otherwise than the index was tuned.
+    def _select(self, where: Where) -> Selection:
+        met = mask(self.table, where)
+        return select(met if self._dead is None else met & ~self._dead, self.groups)
 
-        Raises:
-            UserError: wrong width, vectors not finite or not unit norm, k below 1.
-        """
-        vectors = np.ascontiguousarray(np.atleast_2d(queries), dtype=np.float32)
-        if vectors.shape[1] != self.index.d:
-            raise UserError(f"search: queries have {vectors.shape[1]} dimensions, the index has {self.index.d}")
-        if k < 1:
-            raise UserError(f"search: k must be at least 1, got {k}")
-        check_unit(vectors, "search: a query", "normalise them")
-        scores, rows = self.nearest(vectors, k, parameters or self.parameters(direction))
-        return [self.hits(*found) for found in zip(scores, rows, strict=True)]
-
-    def nearest(self, vectors: Floats, k: int, parameters: Parameters) -> tuple[list[list[float]], list[list[int]]]:
-        """Scores and rows of the table for each query, best first, k at most, none of them removed."""
+    def nearest(
+        self, vectors: Floats, k: int, parameters: Parameters, chosen: Selection | None = None
+    ) -> tuple[list[list[float]], list[list[int]]]:
+        """Scores and rows of the table for each query, best first, k or all that may be found."""
         scores: list[list[float]] = [[] for _ in vectors]
         rows: list[list[int]] = [[] for _ in vectors]
-        waiting = np.arange(len(vectors))
-        wanted = min(k, self.index.ntotal)
-        while len(waiting) and wanted:
-            found = search(self.index, vectors[waiting], wanted, parameters)
-            if self._alone and self._dead is None and (found[1] >= 0).all():
-                return found[0].tolist(), self.groups.members[found[1]].tolist()
-            for query, near, vector in zip(waiting, *found, strict=True):
-                scores[query], rows[query] = self._expand(near, vector, k)
-            # Vectors of removed rows took places, or the lists that were read hold fewer than k: look further, until
-            # there are k or all was looked at.
-            waiting = np.array([query for query in waiting if len(rows[query]) < min(k, len(self))], np.int64)
-            before, wanted = (wanted, parameters), min(2 * wanted, self.index.ntotal)
+        left = len(self) if chosen is None else int(chosen.rows.sum())
+        k, total, selector = min(k, left), self.index.ntotal, None
+        waiting = np.arange(len(vectors)) if k else np.empty(0, np.int64)
+        wanted = min(k, total)
+        narrow = chosen is not None and chosen.narrow
+        if chosen is not None and k and not narrow:
+            selector = chosen.selector(self.index)
+            parameters = harder(parameters, chosen.share)
+            wanted = wanted if selector is not None else min(total, math.ceil(k / chosen.share))
+        while len(waiting) and not narrow:
+            near = found(self.index, vectors[waiting], wanted, parameters, selector)
+            at_once = len(waiting) == len(vectors) and chosen is None and self._alone and self._dead is None
+            if at_once and (near[1] >= 0).all():
+                return near[0].tolist(), self.groups.members[near[1]].tolist()
+            for query, near_scores, near_vectors in zip(waiting, *near, strict=True):
+                scores[query], rows[query] = self._expand(near_scores, near_vectors, k, chosen)
+            # Rows that are no answers took places, or the lists that were read hold fewer than k: look further.
+            waiting = np.array([query for query in waiting if len(rows[query]) < k], np.int64)
+            before, wanted = (wanted, parameters), min(2 * wanted, total)
             parameters = parameters.wider(self.index)
             if before == (wanted, parameters):
-                break
+                break  # a graph has corners that no search comes to
+        if len(waiting):
+            among = np.arange(total) if chosen is None else chosen.vectors
+            # A vector that stands for removed rows alone takes a place and gives nothing.
+            places = k if chosen is not None else k + len(self.removed)
+            near = nearest_of(self.index, vectors[waiting], places, among)
+            for query, near_scores, near_vectors in zip(waiting, *near, strict=True):
+                scores[query], rows[query] = self._expand(near_scores, near_vectors, k, chosen)
         return scores, rows
 
-    def _expand(self, scores: Floats, vectors: Rows, k: int) -> tuple[list[float], list[int]]:
+    def _expand(self, scores: Floats, vectors: Rows, k: int, chosen: Selection | None) -> tuple[list[float], list[int]]:
         """The rows that vectors stand for, those of a vector in the order of their ids."""
-        found_scores: list[float] = []
-        found: list[int] = []
+        of_rows: list[float] = []
+        found_rows: list[int] = []
         for score, vector in zip(scores, vectors, strict=True):
             if vector < 0:
                 continue
             for row in self.groups.of(int(vector)):
-                if self._dead is None or not self._dead[row]:
-                    found.append(int(row))
-                    found_scores.append(float(score))
-            if len(found) >= k:
+                if (self._dead is None or not self._dead[row]) and (chosen is None or chosen.rows[row]):
+                    found_rows.append(int(row))
+                    of_rows.append(float(score))
+            if len(found_rows) >= k:
                 break
-        return found_scores[:k], found[:k]
+        return of_rows[:k], found_rows[:k]
 
-    def hits(self, scores: Iterable[float], rows: Iterable[int]) -> list[Hit]:
-        """Answers made of rows of the table."""
-        found = []
-        for rank, (score, number) in enumerate(zip(scores, rows, strict=True), 1):
-            row = self.row(number)
-            found.append(Hit(rank, score, row["id"], row["study_id"], row))
-        return found
+    def ids(self, where: Where) -> Rows:
+        """Ids of all rows that meet the conditions, ascending."""
+        met = mask(self.table, where)
+        return np.asarray(self._ids[met if self._dead is None else met & ~self._dead])
 
-    def row(self, number: int) -> dict[str, Any]:
-        """A row of the table, read from the disk when it is asked for."""
-        row: dict[str, Any] = self.table.slice(number, 1).to_pylist()[0]
-        return row | {"labels": dict(row.get("labels") or ())}
-
-    def row_of(self, identifier: int) -> dict[str, Any]:
-        """The row of an id.
+    def vectors(self, ids: Sequence[int]) -> Floats:
+        """float32 [len(ids), D] of some rows, as the index holds them.
 
         Raises:
             UserError: there is no such id.
         """
-        ids = self.table["id"].to_numpy()
-        place = int(np.searchsorted(ids, identifier))
-        if place == len(ids) or ids[place] != identifier or identifier in self.removed:
+        return decoded(self.index, self._vector_of[[self._place(number) for number in ids]])
+
+    def rows(self, ids: Sequence[int], text: bool = False) -> list[dict[str, Any]]:
+        """Rows of the table, read from the disk when they are asked for.
+
+        Raises:
+            UserError: there is no such id.
+        """
+        return [self.row(self._place(number), text) for number in ids]
+
+    def add(self, embeddings: Folders) -> dict[str, Any]:
+        """Add embeddings to the folder: see `update.add_to_index`. This object goes on with what it opened."""
+        from medclip_lab.retrieval.update import add_to_index
+
+        return add_to_index(self.folder, embeddings)
+
+    @cached_property
+    def _vector_of(self) -> Rows:
+        """[N] number of the vector that stands for each row."""
+        vector_of = np.empty(len(self.groups.members), np.int64)
+        vector_of[self.groups.members] = np.repeat(np.arange(self.index.ntotal), np.diff(self.groups.starts))
+        return vector_of
+
+    def row(self, number: int, text: bool = False) -> dict[str, Any]:
+        """A row by its place in the table."""
+        row: dict[str, Any] = (self.table if text else self._textless).slice(number, 1).to_pylist()[0]
+        return row | {"labels": dict(row.get("labels") or ())}
+
+    def _place(self, identifier: int) -> int:
+        place = int(np.searchsorted(self._ids, identifier))
+        if place == len(self._ids) or self._ids[place] != identifier or (self._dead is not None and self._dead[place]):
             raise UserError(f"index: {self.folder} holds no id {identifier}")
-        return self.row(place)
+        return place
 
 
 def open_index(folder: str | os.PathLike[str], bundle_fingerprint: str | None = None) -> Index:

@@ -37,16 +37,21 @@ class Parameters:
             ef_search=self.ef_search and min(2 * self.ef_search, max(index.ntotal, 1)),
         )
 
-    def for_faiss(self, index: Any, k: int) -> Any:
-        """faiss's own object, or None where an index takes none."""
+    def for_faiss(self, index: Any, k: int, selector: Any = None) -> Any:
+        """faiss's own object, or None where an index takes none.
+
+        Args:
+            selector: of the vectors that may be found, for an index that takes one.
+        """
         faiss = import_faiss()
-        base = None
+        chosen = {} if selector is None else {"sel": selector}
+        base = faiss.SearchParameters(**chosen) if chosen else None
         if part_of(index, "IndexIVF") is not None:
             kind = part_of(index, "IndexIVFRaBitQFastScan") or part_of(index, "IndexIVFRaBitQ")
             settings = faiss.IVFRaBitQSearchParameters if kind is not None else faiss.SearchParametersIVF
-            base = settings(nprobe=self.nprobe or 1)
+            base = settings(nprobe=self.nprobe or 1, **chosen)
         elif part_of(index, "IndexHNSW") is not None:
-            base = faiss.SearchParametersHNSW(efSearch=max(self.ef_search or 16, k))
+            base = faiss.SearchParametersHNSW(efSearch=max(self.ef_search or 16, k), **chosen)
         outer = parts(index)
         for part in outer:
             if isinstance(part, faiss.IndexPreTransform) and base is not None:

@@ -60,9 +60,11 @@ def find_truth(queries: Mapping[str, Queries], blocks: Iterable[tuple[int, Float
         given.k, given.worst_right = k, best[name].min(axis=1)
 
 
-def search(index: Any, vectors: Floats, k: int, parameters: Parameters) -> tuple[Floats, NDArray[np.int64]]:
+def search(
+    index: Any, vectors: Floats, k: int, parameters: Parameters, selector: Any = None
+) -> tuple[Floats, NDArray[np.int64]]:
     """faiss's answer for [Q, D], in batches that bound its memory: scores and rows [Q, k], -1 where there is none."""
-    settings = parameters.for_faiss(index, k)
+    settings = parameters.for_faiss(index, k, selector)
     options = {} if settings is None else {"params": settings}
     found = [index.search(vectors[start : start + BATCH], k, **options) for start in range(0, len(vectors), BATCH)]
     return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])

@@ -57,7 +57,7 @@ def test_an_image_finds_itself(index: Path, embeddings: Path) -> None:
 def test_text_finds_images_with_the_finding(index: Path, toy_bundle: Path) -> None:
     encoder = medclip_lab.load(toy_bundle, device="cpu")
     opened = medclip_lab.open_index(index, bundle_fingerprint=encoder.fingerprint)
-    hits = opened.search(encoder.encode_texts(["The heart is enlarged."]), k=5, direction="text")[0]
+    hits = opened.search(encoder.encode_texts(["The heart is enlarged."]), k=5, direction="text", with_text=True)[0]
     assert sum("enlarged" in hit.row["text"] for hit in hits) >= 4
     assert sum(hit.row["labels"]["Cardiomegaly"] for hit in hits) >= 4
 
@@ -88,8 +88,8 @@ def test_mistakes(index: Path, tmp_path: Path) -> None:
         open_index(tmp_path / "none")
     for identifier in (-1, len(opened), 10**12):
         with pytest.raises(UserError, match=f"holds no id {identifier}"):
-            opened.row_of(identifier)
-    assert opened.row_of(3)["id"] == 3
+            opened.rows([identifier])
+    assert opened.rows([3])[0]["id"] == 3
 
 
 ROLES = ["vectors", "rows", "starts", "members"]
@@ -317,7 +317,7 @@ def test_added_and_removed(made: Path, corpus: Corpus, tmp_path: Path, factory: 
         assert [hit.rank for hit in found] == list(range(1, 21))
     assert len(index.search(added[:1], 5000)[0]) == 950
     with pytest.raises(UserError, match="holds no id 900"):
-        index.row_of(900)
+        index.rows([900])
     with pytest.raises(UserError, match=r"1 of 2 studies to remove are not in .*: none was"):
         remove_from_index(out, [gone[0], gone[60]])
     assert len(open_index(out)) == 950
