@@ -60,7 +60,7 @@ class DistillLoss(SoftmaxLoss):
 
     def _teacher(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Own images times the scale and all texts, whose products are the teacher's logits."""
-        images, texts, scale = (batch.inputs[name].detach() for name in self.inputs)
+        images, texts, scale = (batch.inputs[name] for name in self.inputs)
         wide = functional.wide_dtype(images, texts)
         return images.to(wide) * scale.to(wide).reshape(()), distributed.gather(texts.to(wide), batch.text_sizes)
 

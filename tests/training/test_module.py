@@ -114,5 +114,5 @@ def test_frozen_norms_stand_in_whatever_mode_the_module_is_put() -> None:
     assert norms
     for mode in (True, False, True):
         assert module.train(mode) is module
-        assert module.encoder.model.text.training == mode
+        assert module.encoder.model.training == mode
         assert not any(norm.training for norm in norms)
