@@ -12,7 +12,7 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medclip_lab.data.preprocess import PreprocessConfig
@@ -180,6 +180,11 @@ def test_longer_contexts(tmp_path: Path, kind: str) -> None:
     rows = 94 if kind == "bert" else 96
     name = "text.transformer.embeddings.position_embeddings.weight"
     assert report.reshaped == {name: f"48x16 -> {rows}x16"}
+    before = load_file(folder / "model.safetensors")["embeddings.position_embeddings.weight"]
+    found = new.state_dict()[name]
+    special = rows - 94  # rows that belong to no position
+    assert torch.equal(found[: special + 1], before[: special + 1])
+    assert torch.equal(found[-1], before[-1])
     with torch.no_grad():
         assert new.eval().encode_text(ids_of(94)).isfinite().all()
 
@@ -205,8 +210,6 @@ def test_folders_of_transformers(tmp_path: Path, family: str) -> None:
 def test_a_folder_with_a_language_head_and_names_of_other_years(tmp_path: Path) -> None:
     folder = save_transformer(tmp_path / "old", "bert", head=True)
     (file,) = folder.glob("*.safetensors")
-    from safetensors.torch import load_file
-
     state = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): value for name, value in load_file(file).items()}
     state["bert.embeddings.position_ids"] = torch.arange(48)[None]
     torch.save({name.replace("LayerNorm.bias", "LayerNorm.beta"): v for name, v in state.items()}, folder / "old.bin")
