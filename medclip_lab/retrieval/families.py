@@ -19,7 +19,7 @@ PER_CENTROID = 48
 """Vectors that a cluster centre is trained on; faiss warns below 39."""
 TRAINING = 32_768
 """Vectors that any other training sees, at most."""
-WORKSPACE = 8 * BLOCK_BYTES
+WORKSPACE = 10 * BLOCK_BYTES
 """Blocks on their way, scores of queries against a block."""
 
 
