@@ -58,6 +58,7 @@ def build_index(
             raise UserError("index: the embeddings hold no report text: embed again with --include-text")
     dedup = modality == "text" if goals.dedup is None else goals.dedup
     gallery = make_gallery(folders, modality, goals.queries, dedup, goals.seed)
+    release()
     choice = choose(gallery, goals, meter, say or _to_stderr)
     meter.check()
     _add_held_out(choice.index, gallery)

@@ -9,12 +9,12 @@ import numpy as np
 
 from medclip_lab.errors import UserError
 from medclip_lab.retrieval import families
-from medclip_lab.retrieval.embeddings import Arrays
+from medclip_lab.retrieval.embeddings import Arrays, Vectors
 from medclip_lab.retrieval.gallery import Gallery
 from medclip_lab.retrieval.memory import Meter, release, show_size
 from medclip_lab.retrieval.parameters import Parameters
 from medclip_lab.retrieval.recall import Queries, find_truth
-from medclip_lab.retrieval.tune import Tuned, tune
+from medclip_lab.retrieval.tune import MARGIN, Tuned, tune
 
 PLAIN_VALUES = 2**23
 """Numbers (vectors times dimensions) that float32 compares in a few milliseconds: nothing else is tried."""
@@ -22,8 +22,10 @@ EXACT_VALUES = 250_000_000
 """Numbers that an exact search of 8 or 16 bits reads in about 50 ms: up to here exact indexes come first."""
 SCREENED = 32_768
 """Vectors of the sample on which approximate kinds are compared."""
-ROW_BYTES = 48
-"""Of each row, for its order, its copies and its key."""
+ASKED = 400
+"""Queries of each direction that the sample is asked."""
+ROW_BYTES, MORE_BYTES = 32, 150
+"""Of each row: its order and its group while the index is built; before, also its study, its key and its copies."""
 QUICKER = 0.9
 """A kind of less precision has to take less than this share of the time of one with more."""
 
@@ -170,7 +172,7 @@ class _Search:
     def predicted(self, key: str, size: int) -> int:
         """Bytes of the process at the peak of a build."""
         index = families.make(key, self.gallery.dim)
-        return self.meter.start + families.build_bytes(index, size) + ROW_BYTES * size
+        return self.meter.start + max(families.build_bytes(index, size) + ROW_BYTES * size, MORE_BYTES * size)
 
     def _quickest_exact(self, keys: list[str]) -> Choice | None:
         """Of the exact kinds that reach the target, the quickest for a query that comes alone."""
@@ -203,7 +205,8 @@ class _Search:
         start = time.perf_counter()
         index = self._make(key)
         trial.build_seconds = time.perf_counter() - start
-        self._measure(trial, index, self.gallery.queries, main, len(main))
+        # An exact index has nothing to tune and no luck: its recall is that of its codes.
+        self._measure(trial, index, self.gallery.queries, main, 0.0 if key in families.EXACT else MARGIN)
         self._built = (key, index)
         self.trials.append(trial)
         return trial
@@ -236,7 +239,7 @@ class _Search:
         rng = np.random.default_rng(self.goals.seed)
         rows = np.sort(rng.choice(len(main), min(SCREENED, len(main)), replace=False))
         sample = Arrays(main.take(rows))
-        queries = {name: Queries(name, given.vectors) for name, given in self.gallery.queries.items()}
+        queries = {name: Queries(name, given.vectors[:ASKED]) for name, given in self.gallery.queries.items()}
         find_truth(queries, sample.blocks(), len(sample), self.goals.at)
         reached: list[tuple[float, str]] = []
         for key in keys:
@@ -247,17 +250,16 @@ class _Search:
             families.train(index, sample.values[: families.training_rows(index, len(sample))])
             index.add(sample.values)
             trial.build_seconds = time.perf_counter() - start
-            self._measure(trial, index, queries, sample, len(sample))
+            self._measure(trial, index, queries, sample, 0.0)
             self.trials.append(trial)
             if trial.met:
                 reached.append((trial.single * _growth(key, len(main) / len(sample)), key))
             self.meter.check()
         return [key for _, key in sorted(reached)]
 
-    def _measure(self, trial: Trial, index: Any, queries: dict[str, Queries], vectors: Any, size: int) -> None:
-        exact = trial.factory in families.EXACT
+    def _measure(self, trial: Trial, index: Any, queries: dict[str, Queries], vectors: Vectors, margin: float) -> None:
         for name, given in queries.items():
-            trial.tuned[name] = tune(index, given, vectors, size, self.goals.target_recall, exact)
+            trial.tuned[name] = tune(index, given, vectors, len(vectors), self.goals.target_recall, margin)
         if not trial.verdict and not trial.met:
             trial.verdict = "below the target"
         self.say(line(trial))

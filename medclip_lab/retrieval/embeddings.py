@@ -128,10 +128,13 @@ class Files:
         for number in np.unique(numbers):
             dtype, offset = self._layout[number]
             chosen = np.flatnonzero(numbers == number)
-            shape = (int(self.starts[number + 1] - self.starts[number]), self.dim)
-            mapped = np.memmap(self.paths[number], dtype, "r", offset, shape)
-            found[chosen] = mapped[rows[chosen] - self.starts[number]]
-            del mapped  # and its pages with it
+            values = np.empty((len(chosen), self.dim), dtype)
+            with self.paths[number].open("rb", buffering=0) as file:
+                places = offset + (rows[chosen] - self.starts[number]) * (self.dim * dtype.itemsize)
+                for value, place in zip(values, places.tolist(), strict=True):
+                    file.seek(place)
+                    file.readinto(value.data)
+            found[chosen] = values
         return found
 
 

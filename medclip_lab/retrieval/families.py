@@ -19,7 +19,7 @@ PER_CENTROID = 48
 """Vectors that a cluster centre is trained on; faiss warns below 39."""
 TRAINING = 32_768
 """Vectors that any other training sees, at most."""
-WORKSPACE = 6 * BLOCK_BYTES
+WORKSPACE = 10 * BLOCK_BYTES
 """Blocks on their way, scores of queries against a block."""
 
 
@@ -123,8 +123,8 @@ def build_bytes(index: Any, size: int) -> int:
     faiss = import_faiss()
     filling = index_bytes(index, size)
     fast = part_of(index, "IndexFastScan")
-    if fast is not None:
-        filling += index_bytes(fast, size) // 2  # the table's former half while it doubles
+    if fast is not None:  # it keeps its former half while it doubles, which is before its refinement is filled
+        filling = max(filling, index_bytes(fast, size) * 3 // 2)
     if part_of(index, "IndexIVF") is not None:
         filling += size * 4  # each vector's list
     if part_of(index, "IndexHNSW") is not None:
@@ -204,6 +204,12 @@ def add(index: Any, rows: Blocks, later: Blocks, size: int, check: Callable[[], 
         size: vectors of both.
         check: called after each block.
     """
+    if isinstance(index, import_faiss().IndexRefine):
+        # One after the other: the tables of the first grow before the second, which is larger, takes its room.
+        for part in [*parts(index)[1:2], import_faiss().downcast_index(index.refine_index)]:
+            add(part, rows, later, size, check)
+        index.ntotal = part.ntotal
+        return
     reserve(index, size)
     lists = part_of(index, "IndexIVF")
     fast = part_of(index, "IndexFastScan") is not None or part_of(index, "IndexIVFFastScan") is not None

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -13,7 +15,7 @@ from medclip_lab.retrieval.embeddings import MODALITIES, TOLERANCE, Embeddings, 
 from medclip_lab.retrieval.recall import Queries
 
 HELD_OUT = 1000
-"""Queries of each direction, at most; of the gallery's own vectors at most a tenth."""
+"""Queries of each direction, at most."""
 
 
 class Chosen:
@@ -146,8 +148,8 @@ def make_gallery(
 ) -> Gallery:
     """The vectors of a modality, with queries of every direction held out.
 
-    Queries of the gallery's own modality leave the index while it is measured: they train nothing and cannot find
-    themselves. Those of the other one were never in it.
+    Some studies leave the index while it is measured, and ask: their vectors train nothing, cannot find themselves, and
+    what asks from the other modality does not find its own pair, which is nearer than anything a stranger finds.
 
     Args:
         directions: modalities that will ask; None takes those that the embeddings hold.
@@ -160,21 +162,16 @@ def make_gallery(
     original = copies(keys(folders, modality, vectors), vectors) if dedup else np.arange(len(vectors))
     unique = np.flatnonzero(original == np.arange(len(original)))
     rng = np.random.default_rng(seed)
-    wanted = _directions(folders, directions)
-    held = np.empty(0, np.int64)
-    if modality in wanted:
-        count = min(HELD_OUT, len(unique) // 10)
-        held = np.sort(rng.choice(unique, count, replace=False))
+    names, held = _hold_out(_studies(folders, modality), unique, rng)
     main = np.setdiff1d(unique, held, assume_unique=True)
     queries = {}
-    for direction in wanted:
-        if direction == modality:
-            # Of a corpus of fewer than ten, all ask, and find themselves: there is nobody to spare.
-            asked = vectors.take(held if len(held) else unique)
-        else:
-            other = joined(folders, direction)
-            asked = other.take(np.sort(rng.choice(len(other), min(HELD_OUT, len(other)), replace=False)))
-        queries[direction] = Queries(direction, asked)
+    for direction in _directions(folders, directions):
+        asked = vectors if direction == modality else joined(folders, direction)
+        rows = held if direction == modality else np.flatnonzero(pc.is_in(_studies(folders, direction), names))
+        if not len(rows):  # a corpus of fewer than ten has nobody to spare, and modalities may have no study in common
+            rows = np.arange(len(asked))
+        rows = np.sort(rng.choice(rows, min(HELD_OUT, len(rows)), replace=False))
+        queries[direction] = Queries(direction, asked.take(rows))
     order = np.concatenate([main, held])
     place = np.empty(len(vectors), np.int64)
     place[order] = np.arange(len(order))
@@ -182,6 +179,20 @@ def make_gallery(
     members = np.argsort(vector_of, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(vector_of, minlength=len(order)))])
     return Gallery(Chosen(vectors, main), Chosen(vectors, held), Groups(starts, members), queries)
+
+
+def _studies(folders: Sequence[Embeddings], modality: str) -> pa.Array:
+    paths = [path for folder in folders for path in folder.paths(modality, "parquet")]
+    return pa.concat_tables(pq.read_table(path, columns=["study_id"]) for path in paths)["study_id"].combine_chunks()
+
+
+def _hold_out(studies: pa.Array, unique: Rows, rng: np.random.Generator) -> tuple[pa.Array, Rows]:
+    """Some studies, and those of the unique rows that are theirs: about `HELD_OUT`, at most a tenth of all."""
+    chosen = rng.choice(unique, min(HELD_OUT, len(unique) // 10), replace=False)
+    names = studies.take(pa.array(chosen)).unique()
+    held = unique[np.asarray(pc.is_in(studies, names))[unique]]
+    # Where a few studies are most of a corpus, their rows go one by one.
+    return names, held if len(held) <= len(unique) // 5 else np.sort(chosen)
 
 
 def _directions(folders: Sequence[Embeddings], directions: Sequence[str] | None) -> list[str]:

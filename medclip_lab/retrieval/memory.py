@@ -6,6 +6,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import pyarrow as pa
+
 from medclip_lab.doctor import memory_gib
 from medclip_lab.errors import UserError
 
@@ -71,6 +73,7 @@ class Meter:
 
 def release() -> None:
     """Hand freed memory back to the system, where it would wait for reuse."""
+    pa.default_memory_pool().release_unused()
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -72,7 +72,7 @@ def ladders(index: Any, size: int, at: int) -> dict[str, list[int]]:
     if part_of(index, "IndexHNSW") is not None:
         found["ef_search"] = [step for step in _up_to(min(size, 4096)) if step >= 16] or [size]
     if isinstance(parts(index)[0], faiss.IndexRefine):
-        found["k_factor"] = _up_to(max(1, min(512, size // max(at, 1))))
+        found["k_factor"] = _up_to(max(1, min(256, size // max(at, 1))))
     return found
 
 

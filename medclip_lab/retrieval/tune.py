@@ -10,6 +10,8 @@ from medclip_lab.retrieval.recall import Measured, Queries, measure, single_seco
 
 MARGIN = 3.0
 """Standard errors by which the tuned recall must lie above the target, so that fresh queries meet it too."""
+GENEROUS = 64
+"""Candidates reranked for each answer while lists or a graph are set, unless even all of those are not enough."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Tuned:
     """Seconds a query, alone and in batches."""
 
 
-def tune(index: Any, queries: Queries, vectors: Vectors, size: int, target: float, exact: bool) -> Tuned:
+def tune(index: Any, queries: Queries, vectors: Vectors, size: int, target: float, margin: float) -> Tuned:
     """Search parameters for one direction.
 
     Recall is taken to grow with each setting. First the lists or the graph are set with everything reranked that may
@@ -35,7 +37,7 @@ def tune(index: Any, queries: Queries, vectors: Vectors, size: int, target: floa
 
     Args:
         vectors: the rows the index holds, by its own numbers.
-        exact: the index has nothing to tune, and its recall no luck: it is that of its codes, without a margin.
+        margin: standard errors by which the tuning half has to pass the target.
     """
     steps = ladders(index, size, queries.k)
     tuning = queries.half(0)
@@ -48,7 +50,7 @@ def tune(index: Any, queries: Queries, vectors: Vectors, size: int, target: floa
 
     def enough(parameters: Parameters) -> bool:
         found = asked(parameters)
-        return found.recall - (0 if exact else MARGIN * found.error) >= target
+        return found.recall - margin * found.error >= target
 
     chosen = _cheapest(steps, enough, asked)
     confirmed = measure(index, queries, queries.half(1), chosen, vectors)
@@ -71,25 +73,38 @@ def _cheapest(
 ) -> Parameters:
     """The quickest parameters that are enough, or the most thorough if none is."""
     most = Parameters(**{name: values[-1] for name, values in steps.items()})
-    if not steps or not enough(most):
-        return most
     wide = next((name for name in ("nprobe", "ef_search") if name in steps), None)
-    candidates = [most]
-    if wide is not None:
-        place = _first(steps[wide], lambda value: enough(replace(most, **{wide: value})))
-        candidates = [replace(most, **{wide: value}) for value in steps[wide][place : place + 2]]
-    if "k_factor" in steps:
-        values = steps["k_factor"]
+    factors = steps.get("k_factor", [])
+    generous = (
+        [replace(most, k_factor=factor) for factor in {min(GENEROUS, factors[-1]), factors[-1]}] if factors else []
+    )
+    candidates: list[Parameters] = []
+    for start in sorted(generous, key=lambda given: given.k_factor or 0) or [most]:
+        if wide is None:
+            candidates = [start]
+        else:
+            place = _first(steps[wide], _with(start, wide, enough))
+            candidates = [replace(start, **{wide: value}) for value in steps[wide][place : place + 2]]
+        if enough(candidates[0]):
+            break
+    else:
+        return most
+    if factors:
         candidates = [
-            replace(start, k_factor=values[_first(values, lambda value: enough(replace(start, k_factor=value)))])  # noqa: B023 - used at once
-            for start in candidates
+            replace(start, k_factor=factors[_first(factors, _with(start, "k_factor", enough))]) for start in candidates
         ]
     return min(candidates, key=lambda parameters: asked(parameters).seconds)
 
 
+def _with(start: Parameters, name: str, enough: Callable[[Parameters], bool]) -> Callable[[int], bool]:
+    return lambda value: enough(replace(start, **{name: value}))
+
+
 def _first(values: list[int], enough: Callable[[int], bool]) -> int:
-    """Place of the least value that is enough, the last being so."""
-    low, high = 0, len(values) - 1
+    """Place of the least value that is enough, or of the last; thorough values, which are slow, are tried last."""
+    low, high, step = 0, 0, 1
+    while high < len(values) - 1 and not enough(values[high]):
+        low, high, step = high + 1, min(high + step, len(values) - 1), 2 * step
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(values[middle]) else (middle + 1, high)

@@ -88,7 +88,7 @@ def test_the_harder_direction_is_searched_more_thoroughly(tmp_path: Path) -> Non
 def test_a_small_corpus_is_searched_exactly(made: Path, tmp_path: Path) -> None:
     manifest = build_index(made, tmp_path / "i", say=quiet)
     assert (manifest["factory"], manifest["size"], manifest["vectors"]) == ("Flat", 900, 900)
-    assert manifest["recall"]["text"] == {"at": 10, "queries": 900, "tuned": 1.0, "confirmed": 1.0}
+    assert manifest["recall"]["text"] == {"at": 10, "queries": 90, "tuned": 1.0, "confirmed": 1.0}
     assert manifest["recall"]["image"]["queries"] == 90
     vectors = vectors_of(made, "image")
     hits = open_index(tmp_path / "i").search(vectors, 1)
@@ -110,9 +110,9 @@ def test_the_quickest_exact_kind_that_reaches_the_target(
     monkeypatch.setattr(tune, "single_seconds", single)
     built = [
         build_index(made, tmp_path / str(target), goals=Goals(target_recall=target), say=quiet)
-        for target in (0.9, 0.995, 1.0)
+        for target in (0.9, 0.995)
     ]
-    assert [manifest["factory"] for manifest in built] == ["SQ8", "SQfp16", "Flat"]
+    assert [manifest["factory"] for manifest in built] == ["SQ8", "SQfp16"]
     assert {trial["factory"]: trial["verdict"] for trial in built[1]["tried"]} == {
         "Flat": "slower",
         "SQfp16": "chosen",
@@ -201,6 +201,8 @@ def test_who_asks_is_not_in_the_index_that_is_measured(made: Path) -> None:
     assert not set(found.held_out.rows) & set(found.main.rows)
     everything = vectors_of(made, "image")
     np.testing.assert_array_equal(found.queries["image"].vectors, everything[found.held_out.rows])
+    # And what asks from the other modality are the reports of the same studies: none finds its own pair.
+    np.testing.assert_array_equal(found.queries["text"].vectors, vectors_of(made, "text")[found.held_out.rows])
     np.testing.assert_array_equal(found.groups.members, np.concatenate([found.main.rows, found.held_out.rows]))
     blocks = np.concatenate([block for _, block in found.main.blocks()])
     np.testing.assert_array_equal(blocks, everything[found.main.rows])
