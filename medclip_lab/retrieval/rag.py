@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +131,13 @@ def answered(query: Query, hits: Sequence[Hit], names: Sequence[str] | None) -> 
 def calibrate_index(
     store: Store, embeddings: Folders, given: Ask, risk: Risk, alpha: float, signal: Signal, out: Path
 ) -> dict[str, Any]:
-    """Ask with held-out studies, find the threshold, write it; returns what was written.
+    """Ask with held-out studies, one of each patient, find the threshold, write it; returns what was written.
 
     Raises:
         UserError: see `risk.calibrate` and `ask`; no label to compare.
     """
     answers, labelled = [], False
-    for query, hits in ask(store, embeddings, given):
+    for query, hits in ask(store, embeddings, replace(given, one_a_patient=True)):
         answers.append(answered(query, hits, given.labels))
         labelled |= bool(query.labels)
     if not labelled:
@@ -146,7 +146,7 @@ def calibrate_index(
     sizes = [calibrated.keep(found.scores) for found in answers]
     losses = [loss(found, size, risk, given.k) for found, size in zip(answers, sizes, strict=True)]
     facts = {
-        "vectors": fingerprint(store),
+        "vectors": store.fingerprint(),
         "where": list(given.where),
         "labels": None if given.labels is None else list(given.labels),
         "modality": given.modality,
@@ -154,12 +154,6 @@ def calibrate_index(
         "measured": {"risk": float(np.mean(losses)), "kept": float(np.mean(sizes))},
     }
     return save_calibration(out, calibrated, facts)
-
-
-def fingerprint(store: Store) -> str:
-    """Of the vectors and of what is removed among them: what a calibration holds for."""
-    files = store.manifest["files"]
-    return "-".join(str(files[role]["sha256"]) for role in ("vectors", "removed") if role in files)
 
 
 def measures(pairs: Sequence[tuple[Query, list[Hit]]], names: Sequence[str] | None = None) -> dict[str, float]:

@@ -39,6 +39,10 @@ class Store(Protocol):
         """Rows that can be found."""
         ...
 
+    def fingerprint(self) -> str:
+        """Another for other vectors: what is calibrated holds for one."""
+        ...
+
     def near(
         self, vectors: Floats, k: int, where: Where, direction: str | None, parameters: Parameters | None
     ) -> tuple[list[list[float]], list[list[int]]]:
