@@ -26,7 +26,7 @@ from medclip_lab.inference.labelset import unknown
 
 FEWEST = 5
 """Of positives, and of negatives: with fewer there is nothing to fit."""
-FEWEST_IMAGES = 20
+FEWEST_IMAGES, FEWEST_PATIENTS = 20, 8
 TILES = 8
 """Tiles along a side that are shuffled to make an image that is none of a patient."""
 
@@ -163,12 +163,16 @@ def fit_domain(
     """
     from sklearn.covariance import LedoitWolf
 
-    part = np.array([int(hashlib.sha256(patient.encode()).hexdigest()[:8], 16) % 4 for patient in patients])
-    halves = part < 2, part == 2, part == 3
-    if len(features) < FEWEST_IMAGES or any(rows.sum() < 2 for rows in halves):
+    # In the order of a hash, which is none of age, ward or date.
+    order = sorted(set(patients), key=lambda patient: hashlib.sha256(patient.encode()).digest())
+    if len(features) < FEWEST_IMAGES or len(order) < FEWEST_PATIENTS:
         raise UserError(
-            f"calibrate: {len(features)} images are too few: take at least {FEWEST_IMAGES}, of several patients"
+            f"calibrate: {len(features)} images of {len(order)} patients are too few: take at least {FEWEST_IMAGES} of "
+            f"{FEWEST_PATIENTS}"
         )
+    quarter = {patient: 4 * place // len(order) for place, patient in enumerate(order)}
+    part = np.array([quarter[patient] for patient in patients])
+    halves = part < 2, part == 2, part == 3
     model = LedoitWolf().fit(features[halves[0]].astype(np.float64))
     values, vectors = np.linalg.eigh(model.covariance_)
     whitening = vectors / np.sqrt(np.maximum(values, 1e-12))

@@ -211,3 +211,15 @@ def test_ranks_share_the_work_and_agree(ranks: Runner) -> None:
         assert found[0] == alone[0]
         for name in ("ndcg", "chance", "mean_gain"):
             assert found[1][name] == pytest.approx(alone[1][name])
+
+
+def test_the_last_of_many() -> None:
+    """Counts along a side of a block are as large as the block."""
+    angles = np.linspace(0, 1, 700)
+    gallery = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    query = np.array([[1.0, 0.0]], dtype=np.float32)
+    groups = [str(number) for number in range(700)]
+    found, _ = retrieval(query, gallery, ["699"], groups)
+    assert found.median_rank == 700
+    _, back = retrieval(gallery, query, groups, ["699"])
+    assert back.median_rank == 700

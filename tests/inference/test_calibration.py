@@ -3,7 +3,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medclip_lab.inference.calibration import Curve, hash_patients, logit, mahalanobis, operating, patient_hash
+from medclip_lab.inference.calibration import (
+    Calibration,
+    Curve,
+    hash_patients,
+    logit,
+    mahalanobis,
+    operating,
+    patient_hash,
+)
 
 CURVES = [
     Curve("platt", {"slope": 2.0, "intercept": -1.0}, True),
@@ -60,3 +68,16 @@ def test_patients_are_hashed_with_a_salt() -> None:
     assert not set(one["hashes"]) & set(other["hashes"]), "two files cannot be joined"
     assert patient_hash("p1", one["salt"]) in one["hashes"]
     assert "p1" not in str(one)
+
+
+def test_a_score_at_the_threshold_is_a_finding() -> None:
+    threshold = float(CURVES[0].probability(np.array([0.5]))[0])
+    rows = [
+        {"name": "a", "parameters": CURVES[0].parameters, "threshold": threshold},
+        {"name": "b", "parameters": None, "threshold": None, "reason": "too few"},
+    ]
+    made = Calibration({"method": "platt", "of_logit": True, "labels": rows}, {})
+    at = made.answer("a", 0.5)
+    assert (at["decision"], at["operating"], at["threshold"]) == (True, 0.5, threshold)
+    assert made.answer("a", 0.4999)["decision"] is False
+    assert made.answer("b", 0.5) == {"reason": "too few"}
