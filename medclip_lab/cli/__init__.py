@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from medclip_lab import __version__
-from medclip_lab.cli import data, measure, model, retrieval, shards
+from medclip_lab.cli import data, evaluate, measure, model, retrieval, shards
 from medclip_lab.errors import UserError
 
 
@@ -51,7 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_prepare(verbs)
     shards.add_shards(verbs)
     model.add_train(verbs)
-    model.add_evaluate(verbs)
+    evaluate.add_evaluate(verbs)
+    evaluate.add_explain(verbs)
     model.add_export(verbs)
     retrieval.add_embed(verbs)
     retrieval.add_index(verbs)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from medclip_lab.cli.common import Verbs, add_max_bad, add_verb, say
+from medclip_lab.cli.common import Verbs, add_verb, say
 from medclip_lab.errors import UserError
 
 
@@ -96,49 +96,6 @@ def _run_export(args: argparse.Namespace) -> None:
 
     manifest = export(args.run_folder, args.out, args.labelset, args.command)
     say(args, manifest, f"{args.out}: bundle {manifest['fingerprint'][:12]}, {len(manifest['files'])} files")
-
-
-def add_evaluate(verbs: Verbs) -> None:
-    parser = add_verb(
-        verbs,
-        "evaluate",
-        "zero-shot AUROC with intervals and retrieval, on held-out studies",
-        "evaluate bundle shards --split test",
-        _run_evaluate,
-    )
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("shards", type=Path)
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--labelset", default="chexpert14", help="shipped name or YAML file (default: chexpert14)")
-    parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws, by patient (default: 1000)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--blur", type=float, default=0.0, help="control: blur images by this share of their side")
-    parser.add_argument("--shuffle-labels", action="store_true", help="control: shuffle labels between studies")
-    parser.add_argument("--out", type=Path, default=None, help="write the results as JSON too")
-    add_max_bad(parser)
-
-
-def _run_evaluate(args: argparse.Namespace) -> None:
-    from medclip_lab.evaluation.protocol import blur, evaluate, summary
-    from medclip_lab.files import write_json
-    from medclip_lab.inference.encoder import load
-
-    if args.out and args.out.is_dir():
-        raise UserError(f"--out: {args.out} is a folder; name a JSON file")
-    result = evaluate(
-        load(args.bundle),
-        args.shards,
-        args.split,
-        args.labelset,
-        draws=args.draws,
-        seed=args.seed,
-        change=blur(args.blur) if args.blur else None,
-        control=args.shuffle_labels,
-        max_bad=args.max_bad,
-    )
-    if args.out:
-        write_json(args.out, result | {"command": args.command})
-    say(args, result, summary(result))
 
 
 def add_classify(verbs: Verbs) -> None:
