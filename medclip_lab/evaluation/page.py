@@ -275,7 +275,8 @@ def _bars(data: PageData) -> dict[str, Chart]:
     return made
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """A file of this package as text."""
     return files("medclip_lab.evaluation").joinpath(name).read_text(encoding="utf-8")
 
 
@@ -286,7 +287,7 @@ def templates() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        loader=jinja2.FunctionLoader(_resource),
+        loader=jinja2.FunctionLoader(resource),
     )
     environment.filters |= {"number": _number, "percent": _percent, "rank": _rank, "duration": _duration}
     environment.filters |= {"clamp": _clamp, "capitalize_first": lambda text: text[:1].upper() + text[1:]}
@@ -311,11 +312,11 @@ def render_page(data: PageData) -> str:
         ValueError: an image cannot be read.
     """
     environment = templates()
-    script = _resource("page.js")
+    script = resource("page.js")
     controls = _controls(data)
     page = environment.get_template("page.html.j2").render(
         data=data,
-        style=Markup(_resource("page.css")),  # noqa: S704 - the package's own file
+        style=Markup(resource("page.css")),  # noqa: S704 - the package's own file
         script=Markup(script),  # noqa: S704 - the package's own file
         script_hash=script_hash(script),
         bars=_bars(data),

@@ -3,9 +3,10 @@
 For towers of patches (ViT), "patches": each patch token goes through the tower's own pooling and projection as if it
 were the whole image, and its cosine to the text is the map (the dense reading of a contrastive model: Zhou et al., ECCV
 2022; Boecking et al., ECCV 2022). For convolutional towers, gradients of the similarity at a stage's output A:
-"gradcam", relu of the sum over channels of A weighted by the mean gradient of its channel (Selvaraju et al., ICCV 2017),
-and "hirescam", the same with the gradient at each place in place of its mean (Draelos & Carin, 2020), which is right at
-any stage and not only before an average pooling.
+
+- "gradcam": relu of the sum over channels of A weighted by the mean gradient of its channel (Selvaraju et al., 2017);
+- "hirescam": the same with the gradient at each place in place of its mean (Draelos & Carin, 2020), which is right at
+  any stage and not only before an average pooling.
 
 A map says what moved the score, not what is ill.
 """

@@ -79,6 +79,28 @@ def test_groups_are_compared_on_the_labels_that_all_of_them_have() -> None:
     assert rows["M"]["labels"][1] == {"name": "b", "auroc": None, "reason": "not labelled in this group"}
 
 
+def test_a_poor_group_takes_no_labels_from_the_others() -> None:
+    data, scores, records = case()
+    wide = replace(
+        data,
+        names=["a", "b", "c"],
+        positive=np.c_[data.positive, data.positive[:, 0]],
+        used=np.c_[data.used, data.used[:, 0]],
+    )
+    for row in range(60):
+        records[row]["sex"] = "X"
+    used = wide.used.copy()
+    used[:60, :2] = False
+    table = subgroups(replace(wide, used=used), np.c_[scores, scores[:, 0]], records, ["sex"], draws=20)["columns"][
+        "sex"
+    ]
+    rows = {row["group"]: row for row in table["groups"]}
+    assert table["compared_on"] == ["a", "b", "c"]
+    assert rows["X"]["reason"] == "only 1 of 3 labels can be scored in this group: not compared"
+    assert rows["X"]["labels"][2]["auroc"] is not None
+    assert table["gap"] is not None
+
+
 @pytest.mark.parametrize(
     ("record", "column", "group"),
     [
