@@ -58,7 +58,8 @@ def test_groups_that_cannot_be_told_have_a_reason() -> None:
     result = subgroups(data, scores, records, ["sex", "site"], draws=20)
     rows = {row["group"]: row for row in result["columns"]["sex"]["groups"]}
     assert rows["X"]["auroc"] is None
-    assert "are needed" in rows["X"]["reason"] or "enough studies" in rows["X"]["reason"]
+    assert rows["X"]["reason"] == "no label has enough patients of both classes in this group"
+    assert "are needed" in rows["X"]["labels"][0]["reason"]
     assert "unknown" not in rows
     assert result["columns"]["site"]["gap"] is None
     assert result["columns"]["site"]["reason"] == "fewer than two groups can be scored"
@@ -81,6 +82,7 @@ def test_groups_are_compared_on_the_labels_that_all_of_them_have() -> None:
 
 def test_a_poor_group_takes_no_labels_from_the_others() -> None:
     data, scores, records = case()
+    more = np.c_[scores, scores[:, 0]]
     wide = replace(
         data,
         names=["a", "b", "c"],
@@ -91,9 +93,7 @@ def test_a_poor_group_takes_no_labels_from_the_others() -> None:
         records[row]["sex"] = "X"
     used = wide.used.copy()
     used[:60, :2] = False
-    table = subgroups(replace(wide, used=used), np.c_[scores, scores[:, 0]], records, ["sex"], draws=20)["columns"][
-        "sex"
-    ]
+    table = subgroups(replace(wide, used=used), more, records, ["sex"], draws=20)["columns"]["sex"]
     rows = {row["group"]: row for row in table["groups"]}
     assert table["compared_on"] == ["a", "b", "c"]
     assert rows["X"]["reason"] == "only 1 of 3 labels can be scored in this group: not compared"
