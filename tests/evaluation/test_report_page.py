@@ -95,7 +95,7 @@ def test_everything_at_once(evaluated: Evaluated, toy_shards: Manifest) -> None:
     assert told["mce"] is None
     lines = "\n".join(summary(results))
     assert "no leak was found" in lines
-    assert "mCE: no baseline was named" in lines
+    assert "no baseline was named, hence no mCE" in lines
     assert "fewer than two groups" in results["subgroups"]["columns"]["view"]["reason"]
 
 

@@ -9,7 +9,7 @@ from medclip_lab.evaluation.charts.basics import label, num, svg, tag
 from medclip_lab.evaluation.charts.lines import Line
 
 _TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
-_MOST = 400  # points of a curve: more cost bytes and show nothing
+_MOST = 600  # corners of a curve: more cost bytes and show nothing
 
 
 def unit_curves(
@@ -53,7 +53,7 @@ def unit_curves(
         path = f"M{num(sx(x0))} {num(sy(y0))}L{num(sx(x1))} {num(sy(y1))}"
         drawn.append(tag("path", d=path, class_="reference"))
     for line in lines:
-        kept = list(line.points)
+        kept = _corners(line.points)
         step = math.ceil(len(kept) / _MOST)
         kept = kept[::step] + ([kept[-1]] if (len(kept) - 1) % step else [])
         path = "M" + "L".join(f"{num(sx(x))} {num(sy(y))}" for x, y in kept)
@@ -62,3 +62,13 @@ def unit_curves(
             hint = tag("title", f"{line.name}, {x_label} {x:.3f}: {y:.3f}")
             drawn.append(tag("circle", hint, cx=sx(x), cy=sy(y), r=4, class_=f"solid {line.css}"))
     return svg(width, width + 12, description, drawn)
+
+
+def _corners(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Without the points in the middle of a level or upright stretch: of a step only its ends are needed."""
+    kept: list[tuple[float, float]] = []
+    for point in points:
+        while len(kept) > 1 and any(kept[-2][axis] == kept[-1][axis] == point[axis] for axis in (0, 1)):
+            kept.pop()
+        kept.append(point)
+    return kept
