@@ -132,7 +132,6 @@ def _run_suite(args: argparse.Namespace) -> None:
         change=protocol.blur(args.blur) if args.blur else None,
         control=args.shuffle_labels,
         max_bad=args.max_bad,
-        keep_images=args.show_images,
     )
     result = evaluated.results | {"command": args.command}
     if args.out:
@@ -141,7 +140,7 @@ def _run_suite(args: argparse.Namespace) -> None:
     if args.page:
         from medclip_lab.evaluation.report_page import write_page
 
-        write_page(args.page, model, evaluated, args.labelset, args.command)
+        write_page(args.page, model, evaluated, args.labelset, args.command, args.shards if args.show_images else None)
     say(args, result, "\n".join([protocol.summary(result), *suite.summary(result)]))
 
 

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from medclip_lab.evaluation import charts
 from medclip_lab.evaluation.curves import confusion_of_one, precision_recall_points, reliability, roc_points
+from medclip_lab.evaluation.gather import pictures
 from medclip_lab.evaluation.metrics import Floats
 from medclip_lab.evaluation.page import NARROW, WIDE, Chart, resource, script_hash, templates
 from medclip_lab.evaluation.suite import Evaluated
@@ -23,14 +24,32 @@ from medclip_lab.inference.labelset import load_labelset
 from medclip_lab.version import __version__
 
 CURVE = 250  # px: a curve of each label, several in a row
+SIDE = 320  # px of the images of cases
 CASES = 3
 """Of each kind and label that are shown."""
 CHANCE = ((0.0, 0.0), (1.0, 1.0))
 
 
-def write_page(path: Path, encoder: Encoder, evaluated: Evaluated, labelset: str | Path, command: str) -> None:
-    """Write the page, whole or not at all."""
-    html = render(encoder, evaluated, labelset, command)
+def write_page(
+    path: Path,
+    encoder: Encoder,
+    evaluated: Evaluated,
+    labelset: str | Path,
+    command: str,
+    shards: str | Path | None = None,
+) -> None:
+    """Write the page, whole or not at all.
+
+    Args:
+        shards: where the images of best and worst cases are read; None shows none.
+    """
+    images: dict[str, bytes] = {}
+    if shards is not None:
+        ids, records = evaluated.found.held_out.study_ids, evaluated.found.records
+        rows = {row for finding in cases(evaluated) for _, found in finding["kinds"] for row in found}
+        wanted = {ids[row]: int(records[row]["image"]) for row in rows}
+        images = pictures(encoder, shards, evaluated.results["split"], wanted, SIDE)
+    html = render(encoder, evaluated, labelset, command, images)
     with atomic_file(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
 
@@ -40,11 +59,13 @@ def render(
     evaluated: Evaluated,
     labelset: str | Path,
     command: str,
+    images: Mapping[str, bytes] | None = None,
     probabilities: Floats | None = None,
 ) -> str:
     """The page as one HTML document.
 
     Args:
+        images: by study id, of the cases that are shown.
         probabilities: [N, K], calibrated; without them no reliability is drawn, as scores are none.
     """
     results, data = evaluated.results, evaluated.data
@@ -67,7 +88,7 @@ def render(
             reliability=_reliability(evaluated, probabilities),
             groups=_groups(results.get("subgroups")),
             confusion=_confusion(evaluated),
-            cases=_cases(evaluated),
+            cases=_shown(evaluated, images or {}),
             corruptions=_corruptions(results.get("corruptions")),
             probes=results.get("probes"),
             prompts=[(label.name, label.positive, label.negative) for label in prompts.labels],
@@ -203,12 +224,9 @@ def _confusion(evaluated: Evaluated) -> dict[str, Any] | None:
     return {"names": names, "rows": rows, "studies": table["studies"]}
 
 
-def _cases(evaluated: Evaluated) -> list[dict[str, Any]]:
-    """The images that score best and worst for what they are; none where images were not kept."""
-    images, data = evaluated.found.held_out.images, evaluated.data
-    if not images:
-        return []
-    shown = []
+def cases(evaluated: Evaluated) -> list[dict[str, Any]]:
+    """Rows of the studies that score best and worst for what they are, by finding and kind."""
+    data, found = evaluated.data, []
     for column, name in enumerate(data.names):
         if data.lacks(column):
             continue
@@ -216,19 +234,33 @@ def _cases(evaluated: Evaluated) -> list[dict[str, Any]]:
         order = [int(row) for row in np.argsort(evaluated.scores[:, column], kind="stable") if used[row]]
         present = [row for row in order if data.positive[row, column]]
         absent = [row for row in order if not data.positive[row, column]]
-        rank = {row: place / max(1, len(order) - 1) for place, row in enumerate(order)}
-        kinds = (
-            ("present, scored highest", present[::-1]),
-            ("present, scored lowest", present),
-            ("absent, scored highest", absent[::-1]),
-        )
-        scores = evaluated.scores[:, column]
+        kinds = [
+            ("present, scored highest", present[::-1][:CASES]),
+            ("present, scored lowest", present[:CASES]),
+            ("absent, scored highest", absent[::-1][:CASES]),
+        ]
+        lower = {row: place / max(1, len(order) - 1) for place, row in enumerate(order)}
+        found.append({"name": name, "column": column, "kinds": kinds, "lower": lower})
+    return found
 
-        def entry(row: int, scores: Floats = scores, rank: dict[int, float] = rank) -> dict[str, Any]:
-            return {"image": images[row], "score": float(scores[row]), "rank": rank[row]}
 
-        rows = [(kind, [entry(row) for row in found[:CASES]]) for kind, found in kinds]
-        shown.append({"name": name, "kinds": rows})
+def _shown(evaluated: Evaluated, images: Mapping[str, bytes]) -> list[dict[str, Any]]:
+    """The cases whose images there are."""
+    ids, shown = evaluated.found.held_out.study_ids, []
+    for finding in cases(evaluated) if images else []:
+        scores, lower = evaluated.scores[:, finding["column"]], finding["lower"]
+        rows = [
+            (
+                kind,
+                [
+                    {"image": images[ids[row]], "score": float(scores[row]), "rank": lower[row]}
+                    for row in found
+                    if ids[row] in images
+                ],
+            )
+            for kind, found in finding["kinds"]
+        ]
+        shown.append({"name": finding["name"], "kinds": rows})
     return shown
 
 

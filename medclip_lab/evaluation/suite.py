@@ -69,20 +69,18 @@ def run(
     change: ImageChange | None = None,
     control: bool = False,
     max_bad: float = 0.01,
-    keep_images: bool = False,
 ) -> Evaluated:
     """Zero-shot AUROC, retrieval and effective rank of a split, and the extras.
 
     Args:
         change: a control that changes the images; control: shuffle the labels between studies.
-        keep_images: for a page that shows some.
 
     Raises:
         UserError: a split, column or file that an extra needs is not there.
     """
     if unknown := set(extras.probes) - set(PROBES):
         raise UserError(f"probe: {min(unknown)!r} is none of {', '.join(PROBES)}")
-    found = gather(encoder, shards, split, change=change, max_bad=max_bad, keep_images=keep_images)
+    found = gather(encoder, shards, split, change=change, max_bad=max_bad)
     if control:
         found.held_out = shuffle_labels(found.held_out, seed)
     results = report(encoder, found.held_out, shards, split, labelset, draws=draws, seed=seed)
