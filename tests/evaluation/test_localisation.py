@@ -11,6 +11,8 @@ from medclip_lab.data.sources.phantom import Phantom
 from medclip_lab.errors import UserError
 from medclip_lab.evaluation import localisation as module
 from medclip_lab.evaluation.localisation import contrast_to_noise, localisation, points_at, region_mask, summary
+from medclip_lab.evaluation.report_page import render
+from medclip_lab.evaluation.suite import Extras, run
 from medclip_lab.inference.encoder import Encoder, load
 from medclip_lab.inference.explain import Explanation
 
@@ -64,6 +66,14 @@ def test_a_map_of_anything_has_its_chance_beside_it(encoder: Encoder, shards: Pa
     assert sum(row["images"] for row in rows.values()) > 10
     assert "best fixed point" in summary(result)
     assert "nan" not in summary(result).lower()
+
+
+def test_the_page_shows_where_maps_point(encoder: Encoder, shards: Path) -> None:
+    evaluated = run(encoder, shards, "test", "chexpert14", Extras(pointing=True), draws=20)
+    html = render(encoder, evaluated, "chexpert14", "")
+    assert "Best fixed point" in html
+    told = evaluated.results["localisation"]["labels"][0]
+    assert f"{100 * told['chance']:.1f}%" in html
 
 
 @pytest.mark.parametrize(("sign", "pointing"), [(1, 1.0), (-1, 0.0)])
