@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 
 from medclip_lab.data.manifest import Manifest
 from medclip_lab.errors import UserError
@@ -117,7 +118,8 @@ def test_pickled_weights_are_not_opened(siglip: Path, tmp_path: Path) -> None:
     import shutil
 
     folder = shutil.copytree(siglip, tmp_path / "pickled")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="transformers cannot open"):
         open_encoder(f"hf:{folder}", device="cpu")
 
