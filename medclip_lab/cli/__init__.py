@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from medclip_lab import __version__
-from medclip_lab.cli import data, measure, model, retrieval, shards
+from medclip_lab.cli import data, evaluate, measure, model, retrieval, shards
 from medclip_lab.errors import StartAgainError, UserError
 
 
@@ -56,9 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_prepare(verbs)
     shards.add_shards(verbs)
     model.add_train(verbs)
-    model.add_evaluate(verbs)
+    evaluate.add_evaluate(verbs)
+    evaluate.add_explain(verbs)
+    evaluate.add_calibrate(verbs)
     model.add_export(verbs)
-    model.add_calibrate(verbs)
     retrieval.add_embed(verbs)
     retrieval.add_index(verbs)
     retrieval.add_search(verbs)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from medclip_lab.cli.common import Verbs, add_max_bad, add_verb, say
+from medclip_lab.cli.common import Verbs, add_ensemble, add_scoring, add_verb, say
 from medclip_lab.errors import UserError
 
 
@@ -129,128 +129,6 @@ def _run_export(args: argparse.Namespace) -> None:
     say(args, manifest, f"{args.out}: bundle {manifest['fingerprint'][:12]}, {len(manifest['files'])} files")
 
 
-def add_evaluate(verbs: Verbs) -> None:
-    parser = add_verb(
-        verbs,
-        "evaluate",
-        "zero-shot metrics with intervals, paired tests and retrieval, on held-out studies",
-        "evaluate bundle shards --split test",
-        _run_evaluate,
-    )
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("shards", type=Path)
-    parser.add_argument("--split", default="test")
-    _add_scoring(parser)
-    _add_ensemble(parser)
-    parser.add_argument("--batch-zscore", action="store_true", help="z-score each label over the split (transductive)")
-    parser.add_argument(
-        "--no-calibration", action="store_true", help="scores alone, also on patients the calibration was made with"
-    )
-    parser.add_argument("--compare", type=Path, default=None, help="another bundle, for paired tests on these patients")
-    parser.add_argument(
-        "--collapse-texts", action="store_true", help="retrieval: equal reports are one item (default: all positives)"
-    )
-    parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws, by patient (default: 1000)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--blur", type=float, default=0.0, help="control: blur images by this share of their side")
-    parser.add_argument("--shuffle-labels", action="store_true", help="control: shuffle labels between studies")
-    parser.add_argument("--out", type=Path, default=None, help="write the results as JSON too")
-    add_max_bad(parser)
-
-
-def _add_scoring(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--labelset", default="chexpert14", help="shipped name or YAML file (default: chexpert14)")
-    parser.add_argument(
-        "--score",
-        default=None,
-        help="mean_embedding, mean_similarity, max_similarity, pair_softmax or sigmoid (default: what fits the model)",
-    )
-    parser.add_argument("--temperature", type=float, default=None, help="of pair_softmax (default: the model's own)")
-    parser.add_argument("--truncate", action="store_true", help="cut prompts that are longer than the context")
-
-
-def _add_ensemble(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ensemble", type=Path, nargs="+", default=[], help="further bundles to average with")
-    parser.add_argument(
-        "--average", choices=("scores", "logits"), default="scores", help="what an ensemble averages (default: scores)"
-    )
-
-
-def _run_evaluate(args: argparse.Namespace) -> None:
-    from medclip_lab.evaluation.protocol import Scoring, blur, evaluate, summary
-    from medclip_lab.files import write_json
-    from medclip_lab.inference.encoder import load
-
-    if args.out and args.out.is_dir():
-        raise UserError(f"--out: {args.out} is a folder; name a JSON file")
-    result = evaluate(
-        load(args.bundle),
-        args.shards,
-        args.split,
-        args.labelset,
-        draws=args.draws,
-        seed=args.seed,
-        change=blur(args.blur) if args.blur else None,
-        control=args.shuffle_labels,
-        max_bad=args.max_bad,
-        scoring=Scoring(args.score, args.temperature, args.batch_zscore, args.truncate, not args.no_calibration),
-        ensemble=[load(bundle) for bundle in args.ensemble],
-        average=args.average,
-        compare=load(args.compare) if args.compare else None,
-        collapse=args.collapse_texts,
-    )
-    if args.out:
-        write_json(args.out, result | {"command": args.command})
-    say(args, result, summary(result))
-
-
-def add_calibrate(verbs: Verbs) -> None:
-    parser = add_verb(
-        verbs,
-        "calibrate",
-        "probabilities, thresholds and an out-of-domain flag for a bundle, from validation patients",
-        "calibrate bundle shards --split val --method platt --threshold sensitivity=0.95",
-        _run_calibrate,
-    )
-    parser.add_argument("bundle", type=Path, help="gets the calibration, in place of an earlier one for the label set")
-    parser.add_argument("shards", type=Path)
-    parser.add_argument("--split", default="val", help="never test (default: val)")
-    _add_scoring(parser)
-    parser.add_argument(
-        "--method",
-        default="platt",
-        help="platt, isotonic (a thousand images or more) or temperature (default: platt)",
-    )
-    parser.add_argument("--threshold", default="youden", help="youden, mcc or sensitivity=0.95 (default: youden)")
-    parser.add_argument(
-        "--false-alarm", type=float, default=0.05, help="share of images that may be out of domain (default: 0.05)"
-    )
-    add_max_bad(parser)
-
-
-def _run_calibrate(args: argparse.Namespace) -> None:
-    from medclip_lab.evaluation.calibrate import calibrate, summary
-    from medclip_lab.evaluation.protocol import Scoring
-    from medclip_lab.inference.encoder import load
-
-    encoder = load(args.bundle)
-    calibration = calibrate(
-        encoder,
-        args.shards,
-        args.labelset,
-        args.split,
-        method=args.method,
-        threshold=args.threshold,
-        false_alarm=args.false_alarm,
-        scoring=Scoring(args.score, args.temperature, truncate=args.truncate, calibrated=False),
-        max_bad=args.max_bad,
-        command=args.command,
-    )
-    calibration.save(encoder.folder)
-    told = {name: value for name, value in calibration.facts.items() if name != "patients"}
-    say(args, told | {"hash": calibration.hash}, summary(calibration))
-
-
 def add_classify(verbs: Verbs) -> None:
     parser = add_verb(
         verbs,
@@ -261,8 +139,8 @@ def add_classify(verbs: Verbs) -> None:
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("images", type=Path, nargs="+")
-    _add_scoring(parser)
-    _add_ensemble(parser)
+    add_scoring(parser)
+    add_ensemble(parser)
 
 
 def _run_classify(args: argparse.Namespace) -> None:

@@ -172,6 +172,6 @@ def robustness(clean: float, errors_of: dict[str, list[float]], baseline: dict[s
         "relative_drop": {"mean": float(np.mean(known)) if known else None, **drops},
         "mce": float(np.mean(list(ratios.values()))) if ratios else None,
         "ce": ratios or None,
-        "reasons": ([] if ratios else ["mCE: no baseline was named"])
-        + ([] if known else ["relative drop: not better than chance on clean images"]),
+        "reasons": ([] if ratios else ["no baseline was named, hence no mCE"])
+        + ([] if known else ["no better than chance on clean images, hence no relative drop"]),
     }

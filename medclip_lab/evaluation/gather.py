@@ -1,5 +1,6 @@
 """Features once: the studies of a split that are wanted, embedded in one pass, with what their records say."""
 
+import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,7 +46,6 @@ class Gathered:
             patient_ids=[old.patient_ids[row] for row in index],
             labels=[old.labels[row] for row in index],
             texts=[old.texts[row] for row in index],
-            images=[old.images[row] for row in index] if old.images else [],
         )
         return replace(self, held_out=held_out, records=[self.records[row] for row in index])
 
@@ -66,7 +66,6 @@ def gather(
     images: Mapping[str, int] | None = None,
     change: ImageChange | None = None,
     max_bad: float = 0.01,
-    keep_images: bool = False,
     texts: bool = True,
 ) -> Gathered:
     """Embed studies of a split through an encoder.
@@ -75,7 +74,6 @@ def gather(
         images: study id to the number of its image that is taken; others are left out. None takes the first of every
             study.
         change: applied to every decoded image of 8 bits, before its geometry.
-        keep_images: keep the encoded images, for a page that shows some.
         texts: embed the reports too.
 
     Raises:
@@ -104,8 +102,6 @@ def gather(
             held_out.texts.append(record.get("text") or "")
             kept = {name: value for name, value in record.items() if name not in ("text", "sections", "sentences")}
             records.append(kept | {"image": number})
-            if keep_images:
-                held_out.images.append(data)
             yield change(image) if change else image
 
     held_out.features = encoder.encode_images(pixels())
@@ -114,6 +110,28 @@ def gather(
     if texts:
         held_out.text_features = encoder.encode_texts([text for text in held_out.texts if text])
     return Gathered(held_out, records, dict(quarantine.causes))
+
+
+def pictures(
+    encoder: Encoder, shards: str | Path, split: str, wanted: Mapping[str, int], side: int
+) -> dict[str, bytes]:
+    """Study id to its image as PNG of 8 bits, at most `side` px a side, for a page that shows a few.
+
+    Args:
+        wanted: study id to the number of its image.
+    """
+    manifest = Manifest.load(shards)
+    found: dict[str, bytes] = {}
+    for study in read_split(manifest, split, Quarantine(manifest.count(split), 1.0)):
+        number = wanted.get(study.record["study_id"])
+        if number is None or number >= len(study.images):
+            continue
+        picture = encoder.preprocess.window(decode_image(study.images[number][1], study.images[number][0]))
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        found[study.record["study_id"]] = buffer.getvalue()
+    return found
 
 
 @dataclass(frozen=True)

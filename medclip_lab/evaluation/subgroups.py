@@ -54,8 +54,8 @@ def subgroups(
 ) -> dict[str, Any]:
     """AUROC of each label and of their mean in each group, the worst group, and the gap to the best.
 
-    The mean over labels takes in every group those labels that can be scored in all groups that have any, so that
-    groups are compared on the same labels. The gap is the best group's mean minus the worst's; its interval comes from
+    The mean over labels takes in every group those labels that can be scored in all groups that are compared; a group
+    in which few can be is not, and says so. The gap is the best group's mean minus the worst's; its interval comes from
     the same bootstrap draws of patients, in each of which the best and the worst are found anew. A gap of finite groups
     is above zero also where none exists: "gap_expected" is the mean gap when the groups are dealt out to the patients
     by lot.
@@ -86,8 +86,7 @@ def _table(
     names = sorted(set(groups.tolist()) - {UNKNOWN})
     columns = range(len(data.names))
     reasons = {name: [_reason(data, groups == name, column, min_cases) for column in columns] for name in names}
-    able = [name for name in names if not all(reasons[name])]
-    common = [column for column in columns if able and not any(reasons[name][column] for name in able)]
+    able, common = _comparable({name: [c for c in columns if not reasons[name][c]] for name in names})
     rows, sampled = [], {}
     for name in names:
         member = groups == name
@@ -113,16 +112,33 @@ def _table(
             low, high = interval(sampled[name])
             group |= {"auroc": float(np.mean([labels[column]["auroc"] for column in common])), "low": low, "high": high}
         else:
-            group["reason"] = _why(reasons[name], able)
+            group["reason"] = _why(reasons[name])
         rows.append(group)
     table = {"groups": rows, "compared_on": [data.names[column] for column in common]}
     return table | _gap(rows, sampled) | _expected(data, scores, groups, common, sampled, seed)
 
 
-def _why(reasons: list[str], able: list[str]) -> str:
+def _comparable(scorable: dict[str, list[int]]) -> tuple[list[str], list[int]]:
+    """Groups that are compared, and the columns that they are compared on.
+
+    A group with less than half the labels of the best one, and then the poorest until there is a label in common, would
+    take labels from all the others: it is left out.
+    """
+    most = max(map(len, scorable.values()), default=0)
+    able = sorted((name for name in scorable if scorable[name]), key=lambda name: -len(scorable[name]))
+    able = [name for name in able if 2 * len(scorable[name]) >= most]
+    while able:
+        common = sorted(set.intersection(*(set(scorable[name]) for name in able)))
+        if common:
+            return able, common
+        able.pop()
+    return [], []
+
+
+def _why(reasons: list[str]) -> str:
     if all(reasons):
-        return reasons[0] if len(set(reasons)) == 1 else "no label has enough studies of both classes in this group"
-    return f"no label can be scored in all of {', '.join(able)}"
+        return reasons[0] if len(set(reasons)) == 1 else "no label has enough patients of both classes in this group"
+    return f"only {reasons.count('')} of {len(reasons)} labels can be scored in this group: not compared"
 
 
 def _reason(data: Labelled, member: NDArray[np.bool_], column: int, min_cases: int) -> str:

@@ -72,14 +72,7 @@ def zero_shot(
     if draws < 1:
         raise UserError(f"evaluate: at least one bootstrap draw is needed, got {draws}")
     prompts = labelset if isinstance(labelset, LabelSet) else encoder.labelset(labelset)
-    models = [(encoder, held_out), *ensemble]
-    members = [scoring.classifier(member, labelset) for member, _ in models]
-    classifier: ZeroShotClassifier | ClassifierEnsemble = members[0]
-    if ensemble:
-        classifier = together = ClassifierEnsemble(members, average)
-        scores = together.scores([split.features for _, split in models])
-    else:
-        scores = members[0].scores(held_out.features)
+    classifier, scores = scores_of([(encoder, held_out), *ensemble], labelset, scoring, average)
     weights = patient_weights(held_out.patient_ids, draws, seed)
     measured = measure(_scored(classifier, scores, held_out), weights)
     if all(row["auroc"] is None for row in measured.rows):
@@ -113,6 +106,17 @@ def zero_shot(
             **compare_models(measured, beside, classifier.names),
         }
     return result
+
+
+def scores_of(
+    models: Sequence[Embedded], labelset: str | Path | LabelSet, scoring: Scoring, average: Average = "scores"
+) -> tuple[ZeroShotClassifier | ClassifierEnsemble, Floats]:
+    """The classifier of a model, or of several averaged, and its scores [N, K] of their split."""
+    members = [scoring.classifier(model, labelset) for model, _ in models]
+    if len(members) == 1:
+        return members[0], members[0].scores(models[0][1].features)
+    together = ClassifierEnsemble(members, average)
+    return together, together.scores([split.features for _, split in models])
 
 
 def _scored(classifier: ZeroShotClassifier | ClassifierEnsemble, scores: Floats, held_out: HeldOut) -> list[Scored]:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from medclip_lab.data.preprocess import Preprocess
 from medclip_lab.errors import UserError
 from medclip_lab.inference.foreign import open_encoder
 
@@ -38,6 +39,17 @@ class BenchmarkModel(nn.Module):
         return features
 
 
+class Transform:
+    """From a Pillow image to what the image tower reads; it travels to loader processes."""
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        self.preprocess = preprocess
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        pixels = self.preprocess(image.convert("RGB"))
+        return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels  # what the towers take, and no integer
+
+
 def load_medclip_lab(
     model_name: str,
     pretrained: str = "",
@@ -58,11 +70,7 @@ def load_medclip_lab(
     del cache_dir
     encoder = open_encoder(model_name, str(device))
 
-    def transform(image: Image.Image) -> Tensor:
-        pixels = encoder.preprocess(image.convert("RGB"))
-        return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels  # its tensors pass through AMP
-
-    return BenchmarkModel(encoder.model), transform, encoder.tokenizer
+    return BenchmarkModel(encoder.model), Transform(encoder.preprocess), encoder.tokenizer
 
 
 def register(models: Any) -> None:

@@ -37,6 +37,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_strangers_do_not_leak(train: Path, tmp_path: Path) -> None:
     others = drawn(8, 1, "test")
     others[0].text = drawn(12, 0, "train")[0].text
+    others[5].images = [("jpg", jpeg(others[6].images[0][1]))]  # twice within the test set, which is no leak
     write_shards(iter(others), tmp_path / "test", "test", samples_per_shard=8)
     result = leaks(train, tmp_path / "test")
     assert result["test_studies_with"] == {"patients": 0, "images": 0, "near_images": 0, "reports": 1}

@@ -58,7 +58,8 @@ def test_groups_that_cannot_be_told_have_a_reason() -> None:
     result = subgroups(data, scores, records, ["sex", "site"], draws=20)
     rows = {row["group"]: row for row in result["columns"]["sex"]["groups"]}
     assert rows["X"]["auroc"] is None
-    assert "are needed" in rows["X"]["reason"] or "enough studies" in rows["X"]["reason"]
+    assert rows["X"]["reason"] == "no label has enough patients of both classes in this group"
+    assert "are needed" in rows["X"]["labels"][0]["reason"]
     assert "unknown" not in rows
     assert result["columns"]["site"]["gap"] is None
     assert result["columns"]["site"]["reason"] == "fewer than two groups can be scored"
@@ -77,6 +78,27 @@ def test_groups_are_compared_on_the_labels_that_all_of_them_have() -> None:
     rows = {row["group"]: row for row in table["groups"]}
     assert rows["F"]["auroc"] == pytest.approx(rows["F"]["labels"][0]["auroc"])
     assert rows["M"]["labels"][1] == {"name": "b", "auroc": None, "reason": "not labelled in this group"}
+
+
+def test_a_poor_group_takes_no_labels_from_the_others() -> None:
+    data, scores, records = case()
+    more = np.c_[scores, scores[:, 0]]
+    wide = replace(
+        data,
+        names=["a", "b", "c"],
+        positive=np.c_[data.positive, data.positive[:, 0]],
+        used=np.c_[data.used, data.used[:, 0]],
+    )
+    for row in range(60):
+        records[row]["sex"] = "X"
+    used = wide.used.copy()
+    used[:60, :2] = False
+    table = subgroups(replace(wide, used=used), more, records, ["sex"], draws=20)["columns"]["sex"]
+    rows = {row["group"]: row for row in table["groups"]}
+    assert table["compared_on"] == ["a", "b", "c"]
+    assert rows["X"]["reason"] == "only 1 of 3 labels can be scored in this group: not compared"
+    assert rows["X"]["labels"][2]["auroc"] is not None
+    assert table["gap"] is not None
 
 
 @pytest.mark.parametrize(

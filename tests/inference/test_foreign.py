@@ -1,5 +1,7 @@
 """Others' models in our harness, and our bundles in theirs."""
 
+import pickle
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 
 from medclip_lab.data.manifest import Manifest
 from medclip_lab.errors import UserError
@@ -115,7 +118,8 @@ def test_pickled_weights_are_not_opened(siglip: Path, tmp_path: Path) -> None:
     import shutil
 
     folder = shutil.copytree(siglip, tmp_path / "pickled")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="transformers cannot open"):
         open_encoder(f"hf:{folder}", device="cpu")
 
@@ -135,5 +139,42 @@ def test_clip_benchmarks_interface(toy_bundle: Path, toy_image: Path) -> None:
     encoder = load(toy_bundle, device="cpu")
     np.testing.assert_allclose(images[:1].numpy(), encoder.encode_images([toy_image]), atol=1e-5)
     np.testing.assert_allclose(texts.numpy(), encoder.encode_texts(TEXTS), atol=1e-6)
+    pickle.loads(pickle.dumps(transform))  # its loader processes get it so
     with pytest.raises(UserError, match="leave 'laion2b' away"):
         load_medclip_lab(str(toy_bundle), "laion2b")
+
+
+def test_its_command_line_knows_our_type(
+    toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stand-in with its structure: the parser has read the table of types before it is asked."""
+    package = tmp_path / "clip_benchmark"
+    (package / "models").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "models" / "__init__.py").write_text(
+        "TYPE2FUNC = {}\nMODEL_TYPES = list(TYPE2FUNC)\n"
+        "def load_clip(model_type, **named):\n"
+        "    assert model_type in MODEL_TYPES\n"
+        "    return TYPE2FUNC[model_type](**named)\n"
+    )
+    (package / "cli.py").write_text(
+        "import argparse\nfrom clip_benchmark.models import load_clip, MODEL_TYPES\n"
+        "def main():\n"
+        "    parser = argparse.ArgumentParser()\n"
+        "    parser.add_argument('--model_type', choices=MODEL_TYPES)\n"
+        "    parser.add_argument('--model')\n"
+        "    args = parser.parse_args()\n"
+        "    model, transform, tokenizer = load_clip("
+        "model_type=args.model_type, model_name=args.model, pretrained='', cache_dir=None, device='cpu')\n"
+        "    print(tuple(model.encode_text(tokenizer(['a', 'b'])).shape))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["clip_benchmark", "--model_type", "medclip_lab", "--model", str(toy_bundle)])
+    from medclip_lab.inference.clip_benchmark import main
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert "(2, 16)" in capsys.readouterr().out
+    for name in [name for name in sys.modules if name.startswith("clip_benchmark")]:
+        del sys.modules[name]

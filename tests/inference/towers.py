@@ -15,7 +15,9 @@ VIT = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width"
 TEXT = {"context_length": 24, "width": 16, "heads": 2, "layers": 2}
 
 
-def make_bundle(out: Path, tokenizer: Path, vision: dict[str, Any], text: dict[str, Any], **preprocess: Any) -> Path:
+def make_bundle(
+    out: Path, tokenizer: Path, vision: dict[str, Any], text: dict[str, Any], side: int = 32, **preprocess: Any
+) -> Path:
     """A bundle of random weights; `tokenizer` is a folder that has one, such as another bundle."""
     size = len(json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"])
     named = {"vocab_size": size, "hf_tokenizer_name": "tokenizer", "pool_type": "eos", "eos_id": EOS_ID}
@@ -27,7 +29,7 @@ def make_bundle(out: Path, tokenizer: Path, vision: dict[str, Any], text: dict[s
         out,
         weights={name: value.contiguous() for name, value in model.state_dict().items()},
         model_cfg=spec,
-        preprocess=PreprocessConfig(size=32, **preprocess),
+        preprocess=PreprocessConfig(size=side, **preprocess),
         tokenizer=tokenizer,
         labelsets=[],
         card={},
