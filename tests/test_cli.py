@@ -15,6 +15,9 @@ from medclip_lab.cli import build_parser, data, main
 from medclip_lab.data.manifest import Manifest
 
 COMMON = {"--help", "--json", "--debug"}
+STORE = {"--store", "--uri"}
+POLICY = {"--policy", "--ratio", "--calibration"}
+ASKING = COMMON | STORE | {"index", "embeddings", "--out", "-k", "--labels", "--same-patient", "--where"}
 PREPARE = COMMON | {"--out", "--samples-per-shard", "--max-bad", "--workers", "--executor", "--duplicates"}
 ROWS = {
     *("--image", "--image-folder", "--labels", "--license", "--modality", "--no-label-text", "--patient", "--split"),
@@ -98,8 +101,16 @@ FLAGS = {
     | {"--modalities", "--texts", "--dtype", "--batch-size", "--workers", "--device"},
     "index": COMMON
     | {"embeddings", "--out", "--modality", "--include-text", "--add", "--remove"}
-    | {"--target-recall", "--at", "--max-memory", "--queries", "--factory", "--no-dedup", "--seed"},
-    "search": COMMON | {"bundle", "index", "--text", "--image", "-k"},
+    | {"--target-recall", "--at", "--max-memory", "--queries", "--factory", "--no-dedup", "--seed"}
+    | STORE,
+    "search": COMMON
+    | {"bundle", "index", "--text", "--image", "--vector", "--id", "-k", "--where", "--not-patient", "--other-patients"}
+    | {"--with-text", "--with-vectors", "--domain", "--nprobe", "--ef-search", "--k-factor"}
+    | POLICY
+    | STORE,
+    "rag calibrate": ASKING | {"--risk", "--alpha", "--signal"},
+    "rag export": ASKING | POLICY,
+    "rag route": COMMON | {"--domain", "--out"},
     "classify": COMMON | SCORING | ENSEMBLE | {"bundle", "images"},
     "bench": COMMON
     | {

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from medclip_lab import __version__
-from medclip_lab.cli import data, evaluate, measure, model, retrieval, shards
+from medclip_lab.cli import data, evaluate, measure, model, retrieval, search, shards
 from medclip_lab.errors import StartAgainError, UserError
 
 
@@ -62,7 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_export(verbs)
     retrieval.add_embed(verbs)
     retrieval.add_index(verbs)
-    retrieval.add_search(verbs)
+    search.add_search(verbs)
+    search.add_rag(verbs)
     model.add_classify(verbs)
     measure.add_bench(verbs)
     measure.add_doctor(verbs)

@@ -1,10 +1,11 @@
-"""Verbs of retrieval: embeddings, index, search."""
+"""Verbs of retrieval: embeddings and their index."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
 from medclip_lab.cli.common import Verbs, add_max_bad, add_verb, say
+from medclip_lab.cli.search import add_store, milvus_uri
 from medclip_lab.errors import UserError
 
 
@@ -92,6 +93,7 @@ def add_index(verbs: Verbs) -> None:
     change = parser.add_argument_group("change an index").add_mutually_exclusive_group()
     change.add_argument("--add", type=Path, nargs="+", default=None, help="embeddings to add to the index --out")
     change.add_argument("--remove", type=Path, default=None, help="a file of study ids, a line each, to remove from it")
+    add_store(parser)
 
 
 def _run_index(args: argparse.Namespace) -> None:
@@ -102,6 +104,11 @@ def _run_index(args: argparse.Namespace) -> None:
 
     if (args.add or args.remove) and args.embeddings:
         raise UserError("index: --add and --remove change the index --out: name no other embeddings beside them")
+    uri = milvus_uri(args)
+    if uri is not None:
+        manifest = _in_milvus(args, uri)
+        say(args, manifest, f"{args.out}: {manifest['size']} {manifest['modality']} rows in Milvus, searched exactly")
+        return
     if args.add:
         manifest = add_to_index(args.out, args.add)
     elif args.remove:
@@ -118,6 +125,16 @@ def _run_index(args: argparse.Namespace) -> None:
         )
         manifest = build_index(args.embeddings, args.out, args.modality, args.include_text, goals)
     say(args, manifest, _told(args.out, manifest))
+
+
+def _in_milvus(args: argparse.Namespace, uri: str) -> dict[str, Any]:
+    from medclip_lab.retrieval.milvus import build_collection, open_collection
+
+    if args.remove:
+        raise UserError("index: --remove is for a FAISS index; delete rows of a collection with Milvus's own tools")
+    if args.add:
+        return open_collection(uri, str(args.out)).add(args.add)
+    return build_collection(args.embeddings, uri, str(args.out), args.modality, args.include_text)
 
 
 def _lines(path: Path) -> list[str]:
@@ -144,36 +161,3 @@ def _told(out: Path, manifest: dict[str, Any]) -> str:
     if manifest.get("rebuild"):
         lines.append("its recall was measured before: build it anew from all its embeddings")
     return "\n".join(lines)
-
-
-def add_search(verbs: Verbs) -> None:
-    parser = add_verb(
-        verbs,
-        "search",
-        "the studies of an index that are nearest to a text or an image",
-        'search bundle index --text "left pleural effusion" -k 5',
-        _run_search,
-    )
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("index", type=Path)
-    query = parser.add_mutually_exclusive_group(required=True)
-    query.add_argument("--text")
-    query.add_argument("--image", type=Path)
-    parser.add_argument("-k", type=int, default=10, help="number of answers (default: 10)")
-
-
-def _run_search(args: argparse.Namespace) -> None:
-    from medclip_lab.inference.encoder import load
-    from medclip_lab.retrieval.index import open_index
-
-    encoder = load(args.bundle)
-    index = open_index(args.index, bundle_fingerprint=encoder.fingerprint)
-    query = encoder.encode_texts([args.text]) if args.text is not None else encoder.encode_images([args.image])
-    hits = index.search(query, args.k)[0]
-    lines = [f"{'rank':>4}  {'cosine':>6}  study"]
-    for hit in hits:
-        text = f"  {hit.row['text']}" if hit.row.get("text") else ""
-        number = f" image {hit.row['image']}" if hit.row.get("image") else ""
-        lines.append(f"{hit.rank:>4}  {hit.score:>6.3f}  {hit.study_id}{number}{text}")
-    values = [{"rank": hit.rank, "score": hit.score, **hit.row} for hit in hits]
-    say(args, values, "\n".join(lines))

@@ -5,9 +5,7 @@ values. Beside each text column that may hold numbers or dates stand those, so t
 """
 
 import json
-import logging
 import operator
-import os
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ from medclip_lab.retrieval.build import Folders, open_all
 from medclip_lab.retrieval.embeddings import MODALITIES, Embeddings, Floats, Rows
 from medclip_lab.retrieval.filters import ORDER, Condition, Where, kind_of, quantity, refuse_kind, whole
 from medclip_lab.retrieval.gallery import joined
+from medclip_lab.retrieval.milvus_client import ask, connect, import_pymilvus, quoted
 from medclip_lab.retrieval.parameters import Parameters
 from medclip_lab.retrieval.search import Store
 
@@ -61,12 +60,12 @@ def build_collection(
         "build": uuid.uuid4().hex,
     }
     client = connect(uri)
-    if _ask(client.has_collection, collection):
+    if ask(client.has_collection, collection):
         raise UserError(f"index: Milvus has a collection {collection!r} already: add to it, or choose another name")
     unfinished = f"{collection}_{manifest['build'][:8]}"
     schema, index = _schema(client, _fields(folders[0].table(modality).schema, include_text), manifest)
     try:
-        _ask(
+        ask(
             client.create_collection,
             unfinished,
             schema=schema,
@@ -75,10 +74,10 @@ def build_collection(
             properties={PROPERTY: json.dumps(manifest)},
         )
         _insert(client, unfinished, folders, modality, include_text, 0)
-        _ask(client.rename_collection, unfinished, collection)
+        ask(client.rename_collection, unfinished, collection)
     finally:
-        if _ask(client.has_collection, unfinished):
-            _ask(client.drop_collection, unfinished)
+        if ask(client.has_collection, unfinished):
+            ask(client.drop_collection, unfinished)
     return MilvusIndex(client, collection).manifest
 
 
@@ -91,7 +90,7 @@ def open_collection(uri: str, collection: str, bundle_fingerprint: str | None = 
     if "://" not in uri and not Path(uri).exists():
         raise UserError(f"index: no such file of Milvus Lite: {uri}")
     client = connect(uri)
-    if not _ask(client.has_collection, collection):
+    if not ask(client.has_collection, collection):
         raise UserError(f"index: Milvus has no collection {collection!r}")
     index = MilvusIndex(client, collection)
     built = index.manifest["bundle"]
@@ -108,7 +107,7 @@ class MilvusIndex(Store):
 
     def __init__(self, client: Any, collection: str) -> None:
         self.client, self.collection = client, collection
-        described = _ask(client.describe_collection, collection)
+        described = ask(client.describe_collection, collection)
         try:
             self.manifest: dict[str, Any] = json.loads(described["properties"][PROPERTY])
         except (ValueError, KeyError, TypeError):
@@ -122,7 +121,7 @@ class MilvusIndex(Store):
         self._kinds = {field["name"]: field["type"] for field in described["fields"]}
         self._text = {name for name, kind in self._kinds.items() if kind == DataType.VARCHAR}
         self.columns = [name for name in self._kinds if name != "vector" and not name.endswith(("__number", "__date"))]
-        _ask(client.load_collection, collection)
+        ask(client.load_collection, collection)
         self.manifest |= {"size": len(self)}
 
     def __len__(self) -> int:
@@ -152,7 +151,7 @@ class MilvusIndex(Store):
         scores: list[list[float]] = []
         ids: list[list[int]] = []
         for start in range(0, len(vectors), 64):
-            found = _ask(
+            found = ask(
                 self.client.search,
                 self.collection,
                 vectors[start : start + 64].tolist(),
@@ -166,7 +165,7 @@ class MilvusIndex(Store):
 
     def ids(self, where: Where) -> Rows:
         """As `Store.ids`."""
-        pages = _ask(
+        pages = ask(
             self.client.query_iterator,
             self.collection,
             batch_size=LIMIT,
@@ -174,7 +173,7 @@ class MilvusIndex(Store):
             output_fields=["id"],
         )
         found: list[int] = []
-        while page := _ask(pages.next):
+        while page := ask(pages.next):
             found += [int(row["id"]) for row in page]
         pages.close()
         return np.array(sorted(found), np.int64)
@@ -208,7 +207,7 @@ class MilvusIndex(Store):
             done = True
         finally:
             if not done:
-                _ask(self.client.delete, self.collection, filter=f"id >= {first}")
+                ask(self.client.delete, self.collection, filter=f"id >= {first}")
         self.manifest |= {"size": len(self)}
         return self.manifest
 
@@ -253,14 +252,14 @@ class MilvusIndex(Store):
 
     def _query(self, condition: str, fields: list[str], limit: int | None = None) -> list[dict[str, Any]]:
         options = {} if limit is None else {"limit": limit}
-        found = _ask(self.client.query, self.collection, filter=condition, output_fields=fields, **options)
+        found = ask(self.client.query, self.collection, filter=condition, output_fields=fields, **options)
         return [dict(row) for row in found]
 
     def _get(self, ids: Sequence[int], fields: list[str]) -> list[dict[str, Any]]:
         numbers = [int(number) for number in ids]
         found: dict[int, dict[str, Any]] = {}
         for start in range(0, len(numbers), BATCH):
-            rows = _ask(self.client.get, self.collection, numbers[start : start + BATCH], output_fields=fields)
+            rows = ask(self.client.get, self.collection, numbers[start : start + BATCH], output_fields=fields)
             found |= {int(row["id"]): dict(row) for row in rows}
         missing = [number for number in numbers if number not in found]
         if missing:
@@ -270,61 +269,6 @@ class MilvusIndex(Store):
 
 def _any(label: str, values: Sequence[int]) -> str:
     return "(" + (" or ".join(f"labels[{label}] == {value}" for value in values) or "id < 0") + ")"
-
-
-def quoted(text: str) -> str:
-    """A string of Milvus's language; whatever stands in the text stays in it.
-
-    Raises:
-        UserError: a control character that Milvus has no way to write.
-    """
-    if any(ord(character) < 32 and character not in "\n\r\t" for character in text):
-        raise UserError("filter: a value holds control characters, which Milvus does not take")
-    return json.dumps(text, ensure_ascii=False)
-
-
-def import_pymilvus() -> Any:
-    """The pymilvus module, told not to log: its lines hold the filters, and those hold patients.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import pymilvus
-    except ImportError:
-        raise UserError("pymilvus is not installed: pip install 'medclip_lab[milvus]'") from None
-    for name in ("pymilvus", "milvus_lite"):
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    return pymilvus
-
-
-def connect(uri: str) -> Any:
-    """A client of a server or of a file; a server's token is taken from MILVUS_TOKEN.
-
-    Raises:
-        UserError: nobody answers.
-    """
-    pymilvus = import_pymilvus()
-    try:
-        return pymilvus.MilvusClient(uri, token=os.environ.get("MILVUS_TOKEN", ""), timeout=30)
-    except pymilvus.MilvusException as error:
-        raise UserError(f"index: Milvus does not answer at {uri}: {_first_line(error)}") from None
-
-
-def _ask(function: Any, *arguments: Any, **options: Any) -> Any:
-    """
-    Raises:
-        UserError: Milvus refuses.
-    """
-    pymilvus = import_pymilvus()
-    try:
-        return function(*arguments, **options)
-    except pymilvus.MilvusException as error:
-        raise UserError(f"index: Milvus refuses {function.__name__}: {_first_line(error)}") from None
-
-
-def _first_line(error: Any) -> str:
-    return (str(getattr(error, "message", "")).splitlines() or ["no reason given"])[0][:200]
 
 
 def _refuse_textless(folders: Sequence[Embeddings], include_text: bool) -> None:
@@ -371,7 +315,7 @@ def _insert(client: Any, collection: str, folders: Sequence[Embeddings], modalit
         batch = []
         for number, vector in enumerate(block.tolist(), first + start + at):
             batch.append({"id": number, "vector": vector, **_kept(next(rows), fields)})
-        _ask(client.insert, collection, batch)
+        ask(client.insert, collection, batch)
 
 
 def _rows(folders: Sequence[Embeddings], modality: str) -> Iterator[dict[str, Any]]:

@@ -90,6 +90,15 @@ class Router:
         assert len(indexes) == len(centroids)
         self.indexes, self.centroids = dict(indexes), centroids
 
+    def index(self, domain: str) -> Index:
+        """
+        Raises:
+            UserError: there is no such domain.
+        """
+        if domain not in self.indexes:
+            raise UserError(f"router: no domain {domain!r}; there are {', '.join(self.indexes)}")
+        return self.indexes[domain]
+
     def domains(self, images: Floats) -> list[str]:
         """The domain of each image vector."""
         names = list(self.indexes)
@@ -115,15 +124,14 @@ class Router:
             raise UserError(f"router: {len(queries)} queries, {len(chosen)} domains")
         answers: list[list[Hit]] = [[] for _ in queries]
         for name in dict.fromkeys(chosen):
-            if name not in self.indexes:
-                raise UserError(f"router: no domain {name!r}; there are {', '.join(self.indexes)}")
+            index = self.index(name)
             rows = [row for row, given in enumerate(chosen) if given == name]
             # What is given for each query goes with it.
             mine: dict[str, Any] = {
                 option: [value[row] for row in rows] if option in ("not_patients", "not_ids") and value else value
                 for option, value in options.items()
             }
-            for row, hits in zip(rows, self.indexes[name].search(queries[rows], k, **mine), strict=True):
+            for row, hits in zip(rows, index.search(queries[rows], k, **mine), strict=True):
                 answers[row] = hits
         return answers
 
