@@ -14,7 +14,8 @@ from torch import nn
 from medclip_lab.cli import main
 from medclip_lab.data.preprocess import PreprocessConfig
 from medclip_lab.errors import UserError
-from medclip_lab.models.dual_encoder import DualEncoder, build_spec
+from medclip_lab.models.dual_encoder import DualEncoder
+from medclip_lab.models.spec import build_spec
 from medclip_lab.training import loggers as module
 from medclip_lab.training import meter
 from medclip_lab.training.console import METRICS, Console, Diary, diary, line
