@@ -1,6 +1,5 @@
 """Points of the curves that a report draws, as pure functions."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,33 +45,6 @@ def precision_recall_points(scores: Floats, positive: NDArray[np.bool_]) -> Poin
     for x, y in zip(recall.tolist(), precision.tolist(), strict=True):
         points += [(points[-1][0], y), (x, y)]
     return points
-
-
-@dataclass(frozen=True)
-class ReliabilityBin:
-    """What was foretold and what came, of the samples of a bin."""
-
-    foretold: float
-    came: float
-    count: int
-
-
-def reliability(probabilities: Floats, positive: NDArray[np.bool_], bins: int = 10) -> list[ReliabilityBin]:
-    """Bins of equal width in [0, 1], the empty ones left out (DeGroot & Fienberg, 1983).
-
-    Raises:
-        ValueError: values that are no probabilities.
-    """
-    if not np.isfinite(probabilities).all() or (probabilities < 0).any() or (probabilities > 1).any():
-        raise ValueError("reliability is of probabilities from 0 to 1")
-    of = np.minimum((probabilities * bins).astype(int), bins - 1)
-    found = []
-    for number in sorted(set(of.tolist())):
-        inside = of == number
-        found.append(
-            ReliabilityBin(float(probabilities[inside].mean()), float(positive[inside].mean()), int(inside.sum()))
-        )
-    return found
 
 
 def confusion_of_one(scores: Floats, positive: NDArray[np.bool_], used: NDArray[np.bool_]) -> dict[str, Any]:

@@ -13,9 +13,8 @@ import numpy as np
 from markupsafe import Markup
 
 from medclip_lab.evaluation import charts
-from medclip_lab.evaluation.curves import confusion_of_one, precision_recall_points, reliability, roc_points
+from medclip_lab.evaluation.curves import confusion_of_one, precision_recall_points, roc_points
 from medclip_lab.evaluation.gather import pictures
-from medclip_lab.evaluation.metrics import Floats
 from medclip_lab.evaluation.page import NARROW, WIDE, Chart, resource, script_hash, templates
 from medclip_lab.evaluation.suite import Evaluated
 from medclip_lab.files import atomic_file
@@ -60,13 +59,11 @@ def render(
     labelset: str | Path,
     command: str,
     images: Mapping[str, bytes] | None = None,
-    probabilities: Floats | None = None,
 ) -> str:
     """The page as one HTML document.
 
     Args:
         images: by study id, of the cases that are shown.
-        probabilities: [N, K], calibrated; without them no reliability is drawn, as scores are none.
     """
     results, data = evaluated.results, evaluated.data
     script = resource("page.js")
@@ -85,7 +82,7 @@ def render(
             script_hash=script_hash(script),
             findings=_findings(results["zero_shot"]),
             curves=_curves(evaluated),
-            reliability=_reliability(evaluated, probabilities),
+            reliability=_reliability(results["zero_shot"]),
             groups=_groups(results.get("subgroups")),
             confusion=_confusion(evaluated),
             cases=_shown(evaluated, images or {}),
@@ -168,18 +165,16 @@ def _curves(evaluated: Evaluated) -> list[dict[str, Any]]:
     return drawn
 
 
-def _reliability(evaluated: Evaluated, probabilities: Floats | None) -> list[dict[str, Any]]:
-    if probabilities is None:
-        return []
-    data, drawn = evaluated.data, []
-    for column, name in enumerate(data.names):
-        used = data.used[:, column]
-        if not used.any():
+def _reliability(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of the labels that are calibrated: scores alone are no probabilities."""
+    drawn = []
+    for row in table["labels"]:
+        if "reliability" not in row:
             continue
-        bins = reliability(probabilities[used, column], data.positive[used, column])
-        total = sum(one.count for one in bins)
-        error = sum(one.count * abs(one.foretold - one.came) for one in bins) / total
-        line = charts.Line(name=name, points=[(one.foretold, one.came) for one in bins], css="c4")
+        name, bins = row["name"], row["reliability"]
+        total = sum(one["count"] for one in bins)
+        error = sum(one["count"] * abs(one["probability"] - one["positives"]) for one in bins) / total
+        line = charts.Line(name=name, points=[(one["probability"], one["positives"]) for one in bins], css="c4")
         chart = charts.unit_curves(
             [line],
             width=CURVE,

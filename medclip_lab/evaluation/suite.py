@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from medclip_lab import progress
 from medclip_lab.data.manifest import Manifest
@@ -78,7 +79,7 @@ def run(
     split: str,
     labelset: str | Path,
     extras: Extras,
-    models: Models,
+    models: Models = Models(),
     *,
     collapse: bool = False,
     draws: int = 1000,
@@ -133,8 +134,9 @@ def run(
     if extras.probes:
         results["probes"] = probes(encoder, shards, split, data, extras.probes, draws, seed, max_bad)
     if extras.corruptions:
+        features = found.held_out.features
         results["corruptions"] = corrupted(
-            encoder, shards, split, labelset, models.scoring, data, extras.baseline, seed, max_bad
+            encoder, shards, split, labelset, models.scoring, data, features, extras.baseline, seed, max_bad
         )
     if extras.pointing:
         results["localisation"] = localisation.localisation(encoder, shards, split, max_bad=max_bad)
@@ -190,6 +192,7 @@ def corrupted(
     labelset: str | Path,
     scoring: Scoring,
     data: Labelled,
+    clean_features: NDArray[np.float32],
     baseline: Path | None,
     seed: int,
     max_bad: float,
@@ -210,8 +213,7 @@ def corrupted(
         features = gather(encoder, shards, split, change=change, texts=False, max_bad=max_bad).held_out.features
         errors[kind].append(1 - _mean_auroc(data, classifier.scores(features).astype(np.float64), columns))
     facts = {"shards": identity, "labels": [data.names[column] for column in columns], "seed": seed}
-    features = gather(encoder, shards, split, texts=False, max_bad=max_bad).held_out.features
-    clean = _mean_auroc(data, classifier.scores(features).astype(np.float64), columns)
+    clean = _mean_auroc(data, classifier.scores(clean_features).astype(np.float64), columns)
     return facts | robustness(clean, errors, other)
 
 

@@ -1,7 +1,9 @@
 """One evaluation with everything, its curves against scikit-learn's, and its page: closed, escaped, and honest."""
 
+import copy
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,11 @@ from medclip_lab.cli import main
 from medclip_lab.data.manifest import Manifest
 from medclip_lab.errors import UserError
 from medclip_lab.evaluation import charts
-from medclip_lab.evaluation.curves import confusion_of_one, precision_recall_points, reliability, roc_points
+from medclip_lab.evaluation.curves import confusion_of_one, precision_recall_points, roc_points
 from medclip_lab.evaluation.metrics import auroc
 from medclip_lab.evaluation.report_page import render, write_page
 from medclip_lab.evaluation.suite import Evaluated, Extras, run, summary
+from medclip_lab.evaluation.zero_shot import Scoring
 from medclip_lab.inference.encoder import Encoder, load
 
 
@@ -47,18 +50,13 @@ def test_curves_of_one_class_are_refused() -> None:
         roc_points(np.zeros(3), np.ones(3, bool))
     with pytest.raises(ValueError, match="a positive"):
         precision_recall_points(np.zeros(3), np.zeros(3, bool))
-    with pytest.raises(ValueError, match="from 0 to 1"):
-        reliability(np.array([1.5]), np.array([True]))
     with pytest.raises(ValueError, match="unit square"):
         charts.unit_curves(
             [charts.Line(name="a", points=[(0, 2.0)], css="c1")], width=100, x_label="", y_label="", description=""
         )
 
 
-def test_reliability_and_confusion_by_hand() -> None:
-    bins = reliability(np.array([0.05, 0.15, 0.11, 1.0]), np.array([False, True, False, True]))
-    assert [(one.count, one.came) for one in bins] == [(1, 0.0), (2, 0.5), (1, 1.0)]
-    assert bins[1].foretold == pytest.approx(0.13)
+def test_confusion_by_hand() -> None:
     positive = np.array([[1, 0], [0, 1], [1, 1], [0, 0]], bool)
     scores = np.array([[2.0, 1.0], [2.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
     told = confusion_of_one(scores, positive, np.ones((4, 2), bool))
@@ -113,13 +111,14 @@ def test_mce_against_a_baseline(encoder: Encoder, toy_shards: Manifest, evaluate
     worse = {kind: [error + 0.1 for error in row] for kind, row in evaluated.results["corruptions"]["errors"].items()}
     facts = evaluated.results["corruptions"] | {"errors": worse}
     path.write_text(json.dumps({"corruptions": facts}))
-    data, scores = evaluated.data, evaluated.scores
-    told = corrupted(encoder, toy_shards.folder, "test", "chexpert14", data, scores, path, 0, 0.01)
+    features = evaluated.found.held_out.features
+    settings = ("chexpert14", Scoring(), evaluated.data, features, path, 0, 0.01)
+    told = corrupted(encoder, toy_shards.folder, "test", *settings)
     assert told["errors"] == evaluated.results["corruptions"]["errors"], "the same seed gives the same corruptions"
     assert 0 <= told["mce"] < 1
     path.write_text(json.dumps({"corruptions": facts | {"shards": ["other"]}}))
     with pytest.raises(UserError, match="no corruptions of the same shards and labels"):
-        corrupted(encoder, toy_shards.folder, "test", "chexpert14", data, scores, path, 0, 0.01)
+        corrupted(encoder, toy_shards.folder, "test", *settings)
 
 
 class Parts(HTMLParser):
@@ -160,15 +159,19 @@ def test_the_page_is_closed_and_asks_for_nothing(
     assert not any(study in html for study in evaluated.found.held_out.study_ids)
 
 
-def test_without_images_there_are_none_and_with_probabilities_there_is_reliability(
+def test_without_images_there_are_none_and_a_calibrated_model_has_reliability(
     encoder: Encoder, evaluated: Evaluated
 ) -> None:
     html = render(encoder, evaluated, "chexpert14", "")
     assert "data:image/jpeg" not in html
     assert "its scores are no probabilities" in html
-    probabilities = np.clip(evaluated.data.positive * 0.8 + 0.1, 0, 1)
-    html = render(encoder, evaluated, "chexpert14", "", probabilities=probabilities)
-    assert "expected calibration error 0.100" in html
+    results = copy.deepcopy(evaluated.results)
+    bins = [{"count": 3, "probability": 0.1, "positives": 0.0}, {"count": 1, "probability": 0.8, "positives": 1.0}]
+    results["zero_shot"]["labels"][0]["reliability"] = bins
+    html = render(encoder, replace(evaluated, results=results), "chexpert14", "")
+    name = results["zero_shot"]["labels"][0]["name"]
+    assert f"{name}: expected calibration error 0.125" in html
+    assert "its scores are no probabilities" not in html
 
 
 def test_the_command_writes_page_and_scores(
