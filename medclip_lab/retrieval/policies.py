@@ -33,8 +33,8 @@ class FixedK:
 class Ratio:
     """While best / score < ratio, as in MMed-RAG (Xia et al., 2025).
 
-    The first is always kept. A score that is not positive ends the answer, though its quotient is small: it says that
-    report and query point away from each other.
+    The first is always kept. Multiplied out, so that a score that is not positive ends the answer, though its quotient
+    would be small: report and query point away from each other.
     """
 
     ratio: float = 1.5
@@ -45,6 +45,6 @@ class Ratio:
 
     def keep(self, scores: Sequence[float]) -> int:
         for place, score in enumerate(scores[1:], 1):
-            if score <= 0 or scores[0] >= self.ratio * score:
+            if scores[0] >= self.ratio * score:
                 return place
         return len(scores)

@@ -175,6 +175,8 @@ def test_a_query_is_asked_of_its_domain(domains: Path) -> None:
     parts = {name: Domain(domains / name, domains / f"{name}-e") for name in ("chest", "slides")}
     made = build_router(parts, domains / "router.json")
     assert made["accuracy"] == {"chest": 1.0, "slides": 1.0}
+    others = np.delete(np.load(domains / "chest-e" / "test-00000" / "image.npy"), np.arange(0, 100, 10), axis=0).mean(0)
+    np.testing.assert_allclose(made["domains"]["chest"]["centroid"], others / np.linalg.norm(others), atol=1e-6)
     router = open_router(domains / "router.json")
     queries = np.concatenate([router.indexes[name].vectors([7]) for name in ("slides", "chest", "slides")])
     assert router.domains(queries) == ["slides", "chest", "slides"]

@@ -18,6 +18,7 @@ from medclip_lab.retrieval.filters import conditions, mask
 from medclip_lab.retrieval.index import Index, open_index
 from medclip_lab.retrieval.parameters import Parameters
 from medclip_lab.retrieval.policies import FixedK, Ratio
+from medclip_lab.retrieval.recall import search
 from medclip_lab.retrieval.update import remove_from_index
 from tests.retrieval.synthetic import draw, unit
 
@@ -128,11 +129,26 @@ def test_a_wide_filter_keeps_recall(indexes: dict[str, Index], factory: str, mon
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
-def test_all_rows_can_be_had(indexes: dict[str, Index], factory: str) -> None:
+def test_a_selector_is_obeyed_while_searching(indexes: dict[str, Index], factory: str) -> None:
+    """Not afterwards: what it leaves out takes no place among the found."""
+    index = indexes[factory].index
+    allowed = np.arange(0, index.ntotal, 7)
+    selector = selection.Selection(np.empty(0, np.bool_), allowed, index.ntotal).selector(index)
+    assert (selector is None) == (factory == "PQ16x4fs,Refine(SQfp16)")
+    if selector is not None:
+        queries = unit(np.random.default_rng(8).normal(size=(5, DIM)))
+        found = search(index, queries, 10, Parameters(nprobe=8, ef_search=200, k_factor=4), selector)[1]
+        assert set(found.ravel().tolist()) <= set(allowed.tolist())
+        assert (found >= 0).all()
+
+
+@pytest.mark.parametrize("parameters", [Parameters(), Parameters(nprobe=1, ef_search=16, k_factor=1)])
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_all_rows_can_be_had(indexes: dict[str, Index], factory: str, parameters: Parameters) -> None:
     """Few probes and dead vertices end a search early; what is left is then looked at one by one."""
     index = indexes[factory]
     query = unit(np.random.default_rng(5).normal(size=(1, DIM)))
-    hits = index.search(query, 10_000, parameters=Parameters(nprobe=1, ef_search=16, k_factor=1))[0]
+    hits = index.search(query, 10_000, parameters=parameters)[0]
     assert len(hits) == len(index) == STUDIES - len(index.removed)
     assert len({hit.id for hit in hits}) == len(hits)
 
