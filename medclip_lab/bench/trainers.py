@@ -38,6 +38,7 @@ def run_config(job: dict[str, Any], out: str) -> RunConfig:
     from medclip_lab.data.preprocess import PreprocessConfig
     from medclip_lab.losses import LossConfig
     from medclip_lab.models.dual_encoder import ModelConfig
+    from medclip_lab.training.checkpoint import CheckpointConfig
     from medclip_lab.training.optim import OptimConfig
     from medclip_lab.training.trainer import TrainerConfig
 
@@ -53,6 +54,7 @@ def run_config(job: dict[str, Any], out: str) -> RunConfig:
         loss=LossConfig("ClipLoss"),
         optim=OptimConfig(lr=LR, weight_decay=WEIGHT_DECAY, betas=BETAS, eps=EPS, clip_norm=CLIP_NORM),
         trainer=TrainerConfig(steps=job["steps"], precision="32-true", accelerator="cpu"),
+        checkpoint=CheckpointConfig(every=job["save_every"]),
         out=out,
     )
 
