@@ -154,7 +154,7 @@ class ZeroShotClassifier:
             owner = next(label for label in labelset.labels if error.prompt in (*label.positive, *label.negative))
             raise UserError(
                 f"label set {labelset.name}: a prompt of {owner.name} has {error.tokens} tokens, the context "
-                f"{error.context}: shorten {error.prompt[:60]!r}, or allow truncation"
+                f"{error.context}: shorten {error.prompt[:60]!r}, or allow truncation (--truncate)"
             ) from None
 
         def rows(texts: list[str]) -> Floats:

@@ -5,12 +5,15 @@ open_clip's weights-only loader, and no code of a model's own.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -19,6 +22,7 @@ from medclip_lab.data.preprocess import Preprocess, PreprocessConfig
 from medclip_lab.errors import UserError
 from medclip_lab.files import digest, existing_folder, sha256
 from medclip_lab.inference.encoder import Encoder, load
+from medclip_lab.inference.prompts import PromptTooLongError
 from medclip_lab.models.dual_encoder import DualEncoder
 from medclip_lab.models.spec import load_named, quiet
 
@@ -170,3 +174,11 @@ class ForeignEncoder(Encoder):
             return found
 
         self.tokenizer = ids
+        self._tokens, self._length = tokenizer, length
+
+    def encode_prompts(self, texts: Sequence[str], truncate: bool = False) -> NDArray[np.float32]:
+        """As `Encoder.encode_prompts`; padding is left as the model's own tokenizer has it."""
+        for text, tokens in zip(texts, self._tokens(list(texts), verbose=False)["input_ids"], strict=True):
+            if len(tokens) > self._length and not truncate:
+                raise PromptTooLongError(text, len(tokens), self._length)
+        return self.encode_texts(list(texts))

@@ -160,8 +160,8 @@ def test_prompts_are_learned_and_no_weight_changes(encoder: Encoder, toy_shards:
 
 
 def test_a_context_that_does_not_fit_is_refused(encoder: Encoder) -> None:
-    with pytest.raises(UserError, match="20 context vectors and the longest label do not fit"):
-        LearnedPrompts(encoder, ["Enlarged Cardiomediastinum"], context=20, seed=0)
+    with pytest.raises(UserError, match="76 context vectors and the longest label do not fit"):
+        LearnedPrompts(encoder, ["Enlarged Cardiomediastinum"], context=76, seed=0)
     with pytest.raises(ValueError, match="must be positive"):
         PromptLearning(context=0)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from medclip_lab.data.manifest import Manifest
 from medclip_lab.errors import UserError
-from medclip_lab.evaluation.protocol import evaluate
+from medclip_lab.evaluation.protocol import Scoring, evaluate
 from medclip_lab.inference.clip_benchmark import load_medclip_lab, register
 from medclip_lab.inference.encoder import load
 from medclip_lab.inference.foreign import open_encoder
@@ -67,7 +67,9 @@ def test_siglip_as_transformers_computes_it(siglip: Path, toy_image: Path) -> No
 
 def test_others_run_in_the_harness(siglip: Path, toy_shards: Manifest, toy_bundle: Path) -> None:
     encoder = open_encoder(f"hf:{siglip}", device="cpu")
-    results = evaluate(encoder, toy_shards.folder, draws=10)
+    with pytest.raises(UserError, match="has .* tokens, the context 24: shorten"):
+        evaluate(encoder, toy_shards.folder, draws=10)
+    results = evaluate(encoder, toy_shards.folder, draws=10, scoring=Scoring(truncate=True))
     assert results["zero_shot"]["score"] == "sigmoid"
     assert results["bundle"] == encoder.fingerprint
     assert results["bundle"] == open_encoder(f"hf:{siglip}", device="cpu").fingerprint
