@@ -67,7 +67,7 @@ def test_siglip_as_transformers_computes_it(siglip: Path, toy_image: Path) -> No
 
 def test_others_run_in_the_harness(siglip: Path, toy_shards: Manifest, toy_bundle: Path) -> None:
     encoder = open_encoder(f"hf:{siglip}", device="cpu")
-    with pytest.raises(UserError, match="has .* tokens, the context 24: shorten"):
+    with pytest.raises(UserError, match=r"has .* tokens, the context 24: shorten"):
         evaluate(encoder, toy_shards.folder, draws=10)
     results = evaluate(encoder, toy_shards.folder, draws=10, scoring=Scoring(truncate=True))
     assert results["zero_shot"]["score"] == "sigmoid"
