@@ -82,6 +82,17 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON lines file; a line that was cut off, as by a full disk, is passed over."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
 def refuse_to_replace(out: Path, manifest: str, formats: tuple[str, ...], what: str) -> None:
     """Stop before a folder is replaced that holds anything but `what`: an empty one, or one with its manifest, may go.
 

@@ -91,8 +91,9 @@ def _run_train(args: argparse.Namespace) -> None:
     if launched_world()[0] > 0:
         return  # one rank speaks
     last = [line for line in diary(run) if "loss" in line][-1]
+    told = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
     unusable = read_json(run / DONE, "run").get("unusable", {})
-    lines = [f"{run}: step {last['step']}, loss {last['loss']:.4f}"]
+    lines = [f"{run}: step {last['step']}, loss {told}"]
     for source, causes in unusable.items():
         told = ", ".join(f"{count} {cause}" for cause, count in causes.items())
         lines.append(f"unusable samples of {source}: {told}, listed in {run / 'quarantine.jsonl'}")

@@ -8,6 +8,7 @@ that a study lacks has no row: N and M may differ, and then rows are no pairs.
 
 import math
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -373,5 +374,11 @@ def loader(stream: BatchStream) -> DataLoader[Batch]:
         batch_size=None,
         num_workers=workers,
         persistent_workers=workers > 0 and stream.training,
+        worker_init_fn=_deaf if workers else None,
         generator=torch.Generator(),  # else each pass would take a number from those of the model's dropout
     )
+
+
+def _deaf(_: int) -> None:
+    """A signal to the whole group stops the run after its step: until then it needs its loader processes."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

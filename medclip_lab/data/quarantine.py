@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from medclip_lab.errors import UserError
+from medclip_lab.files import read_lines
 
 
 class Quarantine:
@@ -81,9 +82,7 @@ class Quarantine:
 
 def listed(path: Path) -> dict[str, dict[str, int]]:
     """Source -> cause -> bad samples in a list that several processes wrote to, each sample once."""
-    if not path.exists():
-        return {}
-    lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    lines = read_lines(path)
     samples = dict.fromkeys((line.get("source", ""), line["cause"], line["shard"], line["key"]) for line in lines)
     counts: dict[str, Counter[str]] = {}
     for source, cause, _, _ in samples:

@@ -68,12 +68,15 @@ class Store:
             return []
         return sorted(int(match[1]) for path in self.folder.iterdir() if (match := NAME.fullmatch(path.name)))
 
-    def newest_whole(self) -> Path | None:
+    def newest_whole(self, ours: bool = True) -> Path | None:
         """The newest checkpoint with all its files as they were written, fetched if it lies elsewhere.
 
         A damaged one is passed over with a line on standard error. What an interrupted save left is removed.
+
+        Args:
+            ours: whether the run that goes on is this folder's; another one's is only read.
         """
-        for left in self.folder.glob(".step-*"):
+        for left in self.folder.glob(".step-*") if ours else ():
             shutil.rmtree(left, ignore_errors=True)
         try:
             there = self._elsewhere()
@@ -93,8 +96,20 @@ class Store:
                     place = shown(f"{self.config.remote}/{self.path(step).name}") if fetched else self.path(step)
                     loud(f"checkpoint {place} is damaged and passed over: {error}")
                     continue
+                if ours:
+                    self._set_aside(step)
                 return self.path(step)
+        if ours:
+            self._set_aside(-1)
         return None
+
+    def _set_aside(self, step: int) -> None:
+        """Give damaged checkpoints after a step another name: those steps will be made and saved again."""
+        for later in self.here():
+            if later > step:
+                aside = self.folder / f"damaged-{self.path(later).name}"
+                remove(aside)
+                self.path(later).rename(aside)
 
     def settle(self) -> None:
         """After a save: copy the newest elsewhere, and remove here and there what need not be kept."""
@@ -108,7 +123,8 @@ class Store:
         try:
             self._send(steps[-1])
             system, root = fsspec.core.url_to_fs(self.config.remote)
-            for step in self._elsewhere() - keep:
+            # What lies only there was kept for a reason that another machine knew: the best, or one of every so many.
+            for step in (self._elsewhere() & set(steps)) - keep:
                 if step < steps[-1]:
                     system.rm(f"{root}/{self.path(step).name}", recursive=True)
         except Exception as error:  # each file system has failures of its own
@@ -195,7 +211,7 @@ def open_checkpoint(named: str) -> Path:
     """
     path = existing_folder(named, "branch_from")
     if not NAME.fullmatch(path.name):
-        newest = Store(path / "checkpoints", CheckpointConfig()).newest_whole()
+        newest = Store(path / "checkpoints", CheckpointConfig()).newest_whole(ours=False)
         if newest is None:
             raise UserError(f"branch_from: {path} has no whole checkpoint")
         return newest

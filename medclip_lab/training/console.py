@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from medclip_lab import progress
-from medclip_lab.files import atomic_file
+from medclip_lab.files import atomic_file, read_lines
 from medclip_lab.training.meter import Reading
 
 METRICS = "metrics.jsonl"
@@ -33,17 +33,23 @@ class Diary:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._told = False
 
     def rewind(self, step: int) -> None:
         """Drop the lines after a step: those steps will be made again."""
         if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            kept = [value for value in read_lines(self.path) if value["step"] <= step]
             with atomic_file(self.path) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in lines))
+                temporary.write_text("".join(f"{json.dumps(value)}\n" for value in kept), encoding="utf-8")
 
     def show(self, reading: Reading) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": reading.step, **reading.values}) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": reading.step, **reading.values}) + "\n")
+        except OSError as error:
+            if not self._told:  # a full disk is no reason to stop: what matters is the weights
+                print(f"medclip-lab train: {self.path.name} was not written: {error.strerror}", file=sys.stderr)
+            self._told = True
 
 
 def line(reading: Reading) -> str:
@@ -126,6 +132,4 @@ class Console(Callback):
 
 def diary(run: Path) -> Iterator[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
-    path = run / METRICS
-    if path.exists():
-        yield from (json.loads(text) for text in path.read_text(encoding="utf-8").splitlines())
+    yield from read_lines(run / METRICS)

@@ -52,7 +52,7 @@ def export(
         "loss": config.loss.name,
         "sources": ", ".join(config.data.sources),
         "steps": done["steps"],
-        "batch": config.data.batch_size * done["world_size"],
+        "batch": config.data.batch_size,
         "intended use": "research",
     }
     with atomic_folder(out) as folder:

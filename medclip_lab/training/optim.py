@@ -99,9 +99,14 @@ def build_optimizer(
         if of_matrices(config):
             made = [group | {"use_fallback": t.by_adamw} for group, (t, _) in zip(made, groups, strict=True)]
     try:
-        return make(made, **options), schedules
+        optimizer = make(made, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"optim.args: {config.name} does not take them: {error}") from None
+    if getattr(optimizer, "is_second_order", False):
+        raise UserError(
+            f"optim.name: {config.name} wants second derivatives, which the losses do not have: take another"
+        )
+    return optimizer, schedules
 
 
 def _by_path(name: str) -> Callable[..., torch.optim.Optimizer]:

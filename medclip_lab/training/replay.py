@@ -104,6 +104,7 @@ def replay(dump: str | Path) -> dict[str, Any]:
     batch = next(iter(stream))
     device = torch.device("cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     module.to(device).train()
+    module.freezing.at(int(told["step"]))
     batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     batch = stream.finish(batch, device)
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(told["precision"])

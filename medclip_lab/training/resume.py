@@ -16,6 +16,8 @@ from medclip_lab.training.ranks import flat
 CONFIG, FACTS, DONE = "config.yaml", "run.json", "done.json"
 ALWAYS_FREE = ("out", "checkpoint", "survival", "ranks")
 """Sections of a config that are no part of what a run is: it may go on with others."""
+FREE = ("data.workers", "trainer.log_every", "trainer.tensorboard", "trainer.wandb", "trainer.mlflow")
+"""Nor are these settings."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def difference(there: str, here: str, moved: bool = False) -> str | None:
     """
     first, second = (flat(yaml.safe_load(text)) for text in (there, here))
     for name in dict.fromkeys([*second, *first]):
-        if name.partition(".")[0] in ALWAYS_FREE or (moved and name.endswith(".shards")):
+        if name.partition(".")[0] in ALWAYS_FREE or name in FREE or (moved and name.endswith(".shards")):
             continue
         if first.get(name) != second.get(name):
             return f"{name} is {first.get(name)!r} there and {second.get(name)!r} here"
@@ -97,6 +99,8 @@ def refuse_other_run(config: Any, facts: dict[str, Any], out: Path) -> None:
     before = read_json(out / FACTS, "run")
     if before["shards"] != facts["shards"]:
         raise UserError(f"out: {out} holds a run on other data: the shards changed since. Choose another --out")
+    if before.get("teacher") != facts["teacher"]:
+        raise UserError(f"out: {out} holds a run with another teacher: its bundle changed since. Choose another --out")
     if before["steps"] != facts["steps"] and not (out / DONE).exists():
         raise UserError(
             f"out: {out} was started with {before['steps']} steps, and this would be {facts['steps']}: go on as it was "

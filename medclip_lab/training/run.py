@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 from lightning.pytorch import Trainer, seed_everything
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from medclip_lab import distributed
 from medclip_lab.config import load_config, to_yaml
@@ -24,7 +25,7 @@ from medclip_lab.losses import LossConfig, build_loss
 from medclip_lab.models.dual_encoder import ModelConfig
 from medclip_lab.training.branch import refuse_other_origin
 from medclip_lab.training.build import prepare_model, start_temperature
-from medclip_lab.training.checkpoint import CheckpointConfig, Store
+from medclip_lab.training.checkpoint import CheckpointConfig, Store, loud
 from medclip_lab.training.checkpoint_files import read_tensors, tensors_in
 from medclip_lab.training.module import ContrastiveModule
 from medclip_lab.training.optim import OptimConfig
@@ -37,7 +38,7 @@ from medclip_lab.training.sharding import ShardedModule
 from medclip_lab.training.show import shown
 from medclip_lab.training.strategies import build_strategy
 from medclip_lab.training.survival import Asked, RollBackError, SurvivalConfig, Watch, listening
-from medclip_lab.training.teacher import DistillConfig, Teacher, with_teacher
+from medclip_lab.training.teacher import DistillConfig, Teacher, fingerprint_of, with_teacher
 from medclip_lab.training.trainer import TrainerConfig, budget, build_trainer, device_of, quiet_lightning
 
 MODEL, WEIGHTS = "model.json", "model.safetensors"
@@ -98,7 +99,11 @@ def _train(config: RunConfig, resume: Literal["auto", "never"], profile: int, as
     facts: dict[str, Any] = {}
     problem = None
     try:
-        facts = {"steps": budget(config.trainer, config.data), "shards": _shards_of(config)}
+        facts = {
+            "steps": budget(config.trainer, config.data),
+            "shards": _shards_of(config),
+            "teacher": None if config.distill is None else fingerprint_of(config.distill),
+        }
         _refuse_uneven(config)
         refuse_other_run(config, facts, out)
     except UserError as error:
@@ -107,6 +112,9 @@ def _train(config: RunConfig, resume: Literal["auto", "never"], profile: int, as
 
     store = Store(out / "checkpoints", config.checkpoint)
     if _first((out / DONE).exists):
+        if resume == "never" or profile:
+            asked_for = "--resume never" if resume == "never" else "--profile"
+            raise UserError(f"{asked_for}: {out} holds a finished run: choose another --out")
         return out
     out.mkdir(parents=True, exist_ok=True)
     start = _first(lambda: find_start(config, resume, store, facts["shards"]))
@@ -165,6 +173,11 @@ def _attempt(
         "ranks": world_size,
         "strategy": config.ranks.strategy,
     }
+    if rank == 0 and world_size > 1 and any(isinstance(m, _BatchNorm) and m.training for m in module.modules()):
+        loud(
+            "the tower's batch norm normalises each rank's rows by themselves: on other numbers of ranks it is another "
+            "model. Towers with layer or group norm are the same on any"
+        )
     saver = Saver(store, manifest, to_yaml(config), config.ranks.timeout)
     begin = time.monotonic()
     if start.step < steps:
@@ -180,7 +193,8 @@ def _attempt(
                 device_of(config.trainer),
                 saver,
                 config.ranks.timeout,
-                module.freezing.changes,
+                # Parameters without a gradient: frozen for a time, or above the layers that are pooled.
+                module.freezing.changes or getattr(module.encoder.model.text, "layers", None) is not None,
             ),
             callbacks=[*callbacks, watch, Saving(saver, config.checkpoint, asked, start, config.seed)],
             loggers=loggers,

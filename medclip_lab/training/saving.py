@@ -73,7 +73,10 @@ class Saver:
         rank, world = distributed.rank(), distributed.world_size()
         whole = [name for name, tensor in tensors.items() if not isinstance(tensor, DTensor)]
         order = sorted(whole, key=lambda name: (-tensors[name].numel(), name))
-        others = set(order) - set(order[rank::world])
+        # Running means are each rank's own, and those of the first go round: they must not be mixed.
+        first = {name for name in order if name.endswith(("running_mean", "running_var"))}
+        order = [name for name in order if name not in first]
+        others = (set(order) - set(order[rank::world])) | (first if rank else set())
         return {name: tensor.detach() for name, tensor in tensors.items() if name not in others}
 
     def _write(self, state: Any, tensors: dict[str, Tensor], facts: dict[str, Any], size: int) -> None:
@@ -86,10 +89,10 @@ class Saver:
                 free = shutil.disk_usage(path.parent).free
                 if free < size:
                     problem = f"it needs {in_gb(size)}, and {in_gb(free)} are free"
-            problem = distributed.everyones(problem, self._group)[0]
+            problem, there = distributed.everyones((problem, path.exists()), self._group)[0]
             if problem is not None:
                 raise SaveError(problem)
-            if not path.exists():  # else the step was saved before, and a rerun of it is the same
+            if not there:  # else the step was saved before, and a rerun of it is the same
                 write(path, state, tensors, facts, self.config, self._group)
             if first:
                 self.store.settle()

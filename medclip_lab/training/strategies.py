@@ -82,12 +82,12 @@ class Shards(_Folders, ModelParallelStrategy):
 
 
 def build_strategy(
-    kind: Literal["ddp", "fsdp"], device: torch.device, saver: Saver, timeout: timedelta, thaws: bool = False
+    kind: Literal["ddp", "fsdp"], device: torch.device, saver: Saver, timeout: timedelta, unused: bool = False
 ) -> Strategy:
     """The strategy of a run; one process needs none of the others.
 
     Args:
-        thaws: some parameters are frozen for a time only, so that not all have gradients at every step.
+        unused: some parameters may have no gradient at a step.
     """
     world = distributed.launched_world()[1]
     strategy: _Folders
@@ -96,7 +96,7 @@ def build_strategy(
     elif kind == "fsdp":
         strategy = Shards(data_parallel_size=world, tensor_parallel_size=1, timeout=timeout)
     else:
-        strategy = Copies(timeout=timeout, find_unused_parameters=thaws)
+        strategy = Copies(timeout=timeout, find_unused_parameters=unused)
     strategy.saver = saver
     return strategy
 

@@ -170,8 +170,9 @@ class Watch(Callback):
             "studies": list(dict.fromkeys(studies)),
         }
         where = ""
-        if not spike and len([*(self.out / DUMPS).glob("step-*")]) < MOST_DUMPS:
-            path = self.out / DUMPS / f"step-{step:08d}"
+        if not spike and len([*(self.out / DUMPS).glob("batch-*")]) < MOST_DUMPS:
+            # By batch: after a roll back the same step may fail again, with another one.
+            path = self.out / DUMPS / f"batch-{batch:08d}"
             write_dump(path, self.out, module, told, self._buffers, self._random, trainer.precision)
             where = f"; `medclip-lab train --replay {path}` repeats the step"
         policy = self.config.on_spike if spike else self.config.not_finite

@@ -11,6 +11,8 @@ from torchvision.transforms.v2.functional import resize
 from medclip_lab.data.pipeline import Batch, DataConfig
 from medclip_lab.data.tokenizer import Tokenizer
 from medclip_lab.errors import UserError
+from medclip_lab.files import existing_folder, read_json
+from medclip_lab.inference.bundle import MANIFEST
 from medclip_lab.inference.encoder import load
 from medclip_lab.losses import DistillLoss, WeightedSum
 from medclip_lab.training.gradient_cache import in_chunks
@@ -32,6 +34,15 @@ class DistillConfig:
             raise ValueError(f"distill.weight must be positive, got {self.weight}")
 
 
+def fingerprint_of(config: DistillConfig) -> str:
+    """Which teacher it is: that of its weights, preprocessing and tokenizer.
+
+    Raises:
+        UserError: no bundle.
+    """
+    return str(read_json(existing_folder(config.bundle, "distill.bundle") / MANIFEST, "bundle").get("fingerprint"))
+
+
 class Teacher:
     """Both towers of a bundle, without gradients and in no state dict.
 
@@ -45,7 +56,6 @@ class Teacher:
 
     def __init__(self, bundle: str, data: DataConfig) -> None:
         encoder = load(bundle, device="cpu")
-        self.fingerprint = encoder.fingerprint
         self.tokenizer: Tokenizer = encoder.tokenizer
         self._model = encoder.model.requires_grad_(False)
         config = encoder.preprocess.config

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +119,14 @@ def test_batches_are_the_same_on_any_number_of_ranks_and_workers(
     ranks = [list(loader(stream(data, start=3, rank=rank, world_size=world))) for rank in range(world)]
     for parts, batch in zip(zip(*ranks, strict=True), expected, strict=True):
         assert same(joined(list(parts)), batch)
+
+
+def test_a_signal_to_all_processes_leaves_the_loader_alone(toy_shards: Manifest) -> None:
+    """A cluster tells a whole group to stop; the step that is being made needs its batches until it is saved."""
+    batches = iter(loader(stream(config(toy_shards.folder, workers=1))))
+    next(batches)
+    os.kill(batches._workers[0].pid, signal.SIGTERM)  # type: ignore[attr-defined]
+    assert len(list(batches)) == 11
 
 
 def test_a_resume_at_any_step_on_other_ranks_goes_on_as_if_nothing_had_been(toy_shards: Manifest) -> None:

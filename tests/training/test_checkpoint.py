@@ -16,12 +16,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medclip_lab import distributed
 from medclip_lab.errors import UserError
 from medclip_lab.training import checkpoint_files, resume
 from medclip_lab.training.checkpoint import CheckpointConfig, Store, open_checkpoint, room
 from medclip_lab.training.checkpoint_files import DamagedError, SaveError, join, read_tensors, split, verify, write
 from medclip_lab.training.ranks import RanksConfig, refuse_odd_ranks
-from medclip_lab.training.run import RunConfig, train
+from medclip_lab.training.run import WEIGHTS, RunConfig, train
+from medclip_lab.training.saving import Saver
 from medclip_lab.training.survival import SurvivalConfig
 
 from .helpers import weights
@@ -109,8 +111,51 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixt
     assert store.newest_whole() == first
     (line,) = capsys.readouterr().err.splitlines()
     assert "step-00000008 is damaged and passed over: state.json is not the file that was written" in line
-    shutil.rmtree(first)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["damaged-step-00000008", "step-00000004"], (
+        "step 8 will be made and saved again"
+    )
+    (first / "state.json").write_text("{}")
     assert store.newest_whole() is None
+    assert store.here() == []
+
+
+def test_who_branches_off_a_run_only_reads_it(tmp_path: Path) -> None:
+    first, second = save(tmp_path / "checkpoints", 4), save(tmp_path / "checkpoints", 8)
+    writing = tmp_path / "checkpoints" / ".step-00000012.tmp"
+    writing.mkdir()
+    (second / "state.json").write_text("{}")
+    assert open_checkpoint(str(tmp_path)) == first
+    assert writing.exists()
+    assert second.exists()
+
+
+def test_a_damaged_last_checkpoint_is_made_again(toy_run: Path, toy_config: Config, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(toy_run, tmp_path / "run"))
+    (run / resume.DONE).unlink()
+    (run / WEIGHTS).unlink()
+    shard = next((run / "checkpoints" / "step-00000030").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-4000:] = bytes(4000)
+    shard.write_bytes(content)
+    train(toy_config(run))
+    for name, value in weights(toy_run).items():
+        assert torch.equal(value, weights(run)[name]), name
+
+
+def test_running_means_are_those_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank has its own: a checkpoint that took some from each would be of a model that never was."""
+    tensors = {
+        f"state_dict/norm{n}.{kind}": torch.zeros(n + 1) for n in range(3) for kind in ("running_mean", "weight")
+    }
+    found: list[set[str]] = []
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        found.append(set(Saver._share(object.__new__(Saver), tensors)))
+    assert found[0] | found[1] == set(tensors)
+    assert not found[0] & found[1]
+    assert {name for name in tensors if name.endswith("running_mean")} <= found[0]
+    assert found[1]
 
 
 def test_what_is_kept(tmp_path: Path) -> None:
@@ -137,6 +182,20 @@ def test_a_copy_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     (store.path(8) / "state.json").write_text("{}")
     assert store.newest_whole() == store.path(8)
     assert "passed over" in capsys.readouterr().err
+    # What lies there alone was kept by a machine that knew why.
+    for step in (12, 16):
+        save(tmp_path / "here", step)
+        store.settle()
+    shutil.rmtree(tmp_path / "here" / "step-00000016")
+    save(tmp_path / "here", 20)
+    store.settle()
+    left = {name.rpartition("/")[2] for name in system.ls("/bucket/run", detail=False)}
+    assert left == {"step-00000016", "step-00000020"}
+    for step in (16, 20):
+        system.rm(f"/bucket/run/step-{step:08d}", recursive=True)
+    shutil.rmtree(tmp_path / "here")
+    save(tmp_path / "here", 8)
+    store.settle()
     shutil.rmtree(tmp_path / "here")
     system.pipe_file("/bucket/run/step-00000008/state.json", b"{}")
     assert store.newest_whole() is None

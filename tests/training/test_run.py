@@ -53,6 +53,13 @@ def test_a_finished_run_is_not_made_again(toy_run: Path, toy_config: Config) -> 
     assert (toy_run / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_what_a_finished_run_cannot_do_is_said(toy_run: Path, toy_config: Config) -> None:
+    with pytest.raises(UserError, match=r"--resume never: .* holds a finished run"):
+        train(toy_config(toy_run), resume="never")
+    with pytest.raises(UserError, match=r"--profile: .* holds a finished run"):
+        train(toy_config(toy_run), profile=2)
+
+
 def test_a_folder_holds_one_run(toy_run: Path, toy_config: Config) -> None:
     with pytest.raises(UserError, match="holds a run with another config"):
         train(toy_config(toy_run, "--optim.lr=1e-5"))

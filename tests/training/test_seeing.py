@@ -1,5 +1,6 @@
 """What a run shows: readings, the console, the loggers, the profile."""
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -294,3 +295,21 @@ def test_a_terminal_has_a_bar_over_the_line(monkeypatch: pytest.MonkeyPatch) -> 
     text = "".join(written)
     assert "7/10" in text
     assert "loss 1.2346" in text
+
+
+def test_a_diary_survives_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 5, "loss": 1.0}\n{"step": 10, "lo')
+    book = Diary(path)
+    book.rewind(20)
+    assert [line["step"] for line in diary(tmp_path)] == [5]
+
+    def full(*_: object, **__: object) -> object:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    for step in (15, 20):
+        book.show(Reading(step, 30, {"loss": 1.0}))
+    assert capsys.readouterr().err == "medclip-lab train: metrics.jsonl was not written: No space left on device\n"

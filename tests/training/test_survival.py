@@ -191,10 +191,12 @@ def test_a_bad_batch_stops_the_run_and_can_be_replayed(
 ) -> None:
     poison = Poison(6, monkeypatch)
     out = tmp_path / "run"
-    with pytest.raises(UserError, match=r"the loss of step 6 is nan; its studies: .*--replay .*step-00000006") as error:
+    with pytest.raises(
+        UserError, match=r"the loss of step 6 is nan; its studies: .*--replay .*batch-00000006"
+    ) as error:
         train(toy_config(out))
     assert poison.study in str(error.value)
-    dump = out / DUMPS / "step-00000006"
+    dump = out / DUMPS / "batch-00000006"
     assert not [path for path in dump.rglob("*") if path.suffix in (".png", ".jpg", ".pt", ".pkl")]
     capsys.readouterr()
     assert main(["train", "--replay", str(dump), "--json"]) == 0
@@ -226,7 +228,7 @@ def test_replay_makes_the_very_step(toy_config: Config, tmp_path: Path, monkeypa
     tower = "--model.spec.vision_cfg={timm_model_name: test_resnet, image_size: 32, timm_drop: 0.2}"
     with pytest.raises(UserError, match="the loss of step 4 is inf"):
         train(toy_config(tmp_path / "run", tower))
-    found = replay(tmp_path / "run" / DUMPS / "step-00000004")
+    found = replay(tmp_path / "run" / DUMPS / "batch-00000004")
     assert found["loss"] == seen["loss"]
     assert found["parameters_not_finite"] == []
 

@@ -1,5 +1,7 @@
 """A run that learns from a bundle."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,3 +97,14 @@ def test_teachers_that_cannot_be(toy_bundle: Path, toy_config: Config, tmp_path:
         train(toy_config(tmp_path / "run", f"--distill.bundle={toy_bundle}", "--data.preprocess.resize_mode=longest"))
     with pytest.raises(ValueError, match=r"distill\.weight must be positive, got 0"):
         DistillConfig("x", 0)
+
+
+def test_another_teacher_at_the_same_place_is_another_run(toy_bundle: Path, toy_config: Config, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(toy_bundle, tmp_path / "bundle"))
+    settings = [f"--distill.bundle={bundle}", "--loss.name=ClipLoss", "--trainer.steps=1"]
+    out = train(toy_config(tmp_path / "run", *settings))
+    (out / "done.json").unlink()
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "other"}))
+    with pytest.raises(UserError, match="another teacher: its bundle changed since"):
+        train(toy_config(out, *settings))
