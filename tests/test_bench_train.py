@@ -41,7 +41,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_every_side_makes_the_steps(job: dict[str, Any], side: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pandas")
     monkeypatch.setattr(ContrastiveModule, "training_step", ContrastiveModule.training_step)  # put back what it wraps
-    moments: list[float] = []
+    moments: list[tuple[float, float]] = []
     getattr(trainers, side)(job, moments)
     assert len(moments) == STEPS
     assert moments == sorted(moments)

@@ -174,7 +174,7 @@ def table(result: dict[str, Any]) -> str:
 
 def _step_of(case: Case, folder: Path) -> dict[str, float]:
     run = run_side("train", case, folder)
-    moments = np.array(run["moments"])
+    moments = np.array(run["moments"])[:, 0]
     return {
         "seconds": round(statistics.median(np.diff(moments[WARM_UP:])), 4),
         "peak_mib": float(run["peak_mib"]),

@@ -115,11 +115,12 @@ def line(name: str, case: dict[str, Any]) -> str:
             f"{name:<14} {case['seconds_a_save']:.2f} s a checkpoint of {case['mib']:.0f} MiB, steps of "
             f"{case['seconds_a_step']:.2f} s: {case['share_at_100_steps']:.2%} at one every 100 steps"
         )
-    speed = case["samples_per_second"]
+    speed, cpu = case["samples_per_second"], case["cpu_seconds_a_step"]
     return (
         f"{name:<14} {speed['train']:7.2f} samples/s, bare loop {speed['bare']:.2f} "
         f"({case['ratio_to_bare']:.3f}), open_clip's trainer {speed['open_clip']:.2f} "
-        f"({case['ratio_to_open_clip']:.2f} times)"
+        f"({case['ratio_to_open_clip']:.2f} times); by CPU time of a step, loader apart, "
+        f"{cpu['bare'] / cpu['train']:.3f} and {cpu['open_clip'] / cpu['train']:.2f}"
     )
 
 
@@ -132,12 +133,17 @@ def _measure(case: Case, studies: Any, folder: Path, repeats: int) -> dict[str, 
     samples, image_bytes, _ = write(studies, folder / "ours", folder / "theirs")
     write_model(case.spec, folder / "model")
     speeds: dict[str, list[float]] = {side: [] for side in SIDES}
+    spent: dict[str, list[float]] = {side: [] for side in SIDES}
     peaks: dict[str, float] = dict.fromkeys(SIDES, 0.0)
     for number in range(repeats):
         for side in SIDES if number % 2 == 0 else SIDES[::-1]:
             run = run_side(side, case, folder)
-            moments = run["moments"]
-            speeds[side].append(case.batch * (len(moments) - 1 - WARM_UP) / (moments[-1] - moments[WARM_UP]))
+            counted = len(run["moments"]) - 1 - WARM_UP
+            seconds, cpu = (
+                last - first for first, last in zip(run["moments"][WARM_UP], run["moments"][-1], strict=True)
+            )
+            speeds[side].append(case.batch * counted / seconds)
+            spent[side].append(cpu / counted)
             peaks[side] = max(peaks[side], run["peak_mib"])
     to_bare, to_theirs = (
         [ours / other for ours, other in zip(speeds["train"], speeds[side], strict=True)]
@@ -156,6 +162,7 @@ def _measure(case: Case, studies: Any, folder: Path, repeats: int) -> dict[str, 
             name: [round(min(ratios), 3), round(max(ratios), 3)]
             for name, ratios in (("bare", to_bare), ("open_clip", to_theirs))
         },
+        "cpu_seconds_a_step": {side: round(statistics.median(values), 4) for side, values in spent.items()},
         "peak_mib": peaks,
     }
 
@@ -168,7 +175,7 @@ def _saving(folder: Path, repeats: int) -> dict[str, Any]:
         for side in ("with", "without") if number % 2 == 0 else ("without", "with"):
             case = SAVING if side == "with" else replace(SAVING, save_every=10**6)
             moments = run_side("train", case, folder)["moments"]
-            seconds[side].append((moments[-1] - moments[WARM_UP]) / (len(moments) - 1 - WARM_UP))
+            seconds[side].append((moments[-1][0] - moments[WARM_UP][0]) / (len(moments) - 1 - WARM_UP))
     step = statistics.median(seconds["without"])
     a_save = statistics.median(
         SAVING.save_every * (with_it - without) for with_it, without in zip(*seconds.values(), strict=True)

@@ -17,7 +17,8 @@ from typing import Any
 
 from medclip_lab.training.run import RunConfig
 
-Moments = list[float]
+Moments = list[tuple[float, float]]
+"""The clock and the CPU time of this process, its loader not included, where each step begins."""
 LR, WEIGHT_DECAY, BETAS, EPS, CLIP_NORM = 1e-4, 0.05, (0.9, 0.98), 1e-8, 1.0
 CROP, ASPECT = (0.9, 1.0), 4 / 3  # open_clip's random resized crop; ours does the same
 
@@ -67,7 +68,7 @@ def our_trainer(job: dict[str, Any], moments: Moments) -> None:
     step = ContrastiveModule.training_step
 
     def noted(module: ContrastiveModule, batch: Any, index: int) -> Any:
-        moments.append(time.perf_counter())
+        moments.append((time.perf_counter(), time.process_time()))
         return step(module, batch, index)
 
     ContrastiveModule.training_step = noted  # type: ignore[assignment, method-assign]
@@ -99,7 +100,7 @@ def bare_loop(job: dict[str, Any], moments: Moments) -> dict[str, Any]:
     least, most = map(math.log, SCALE_RANGE)
     encoder.train()
     for batch in loader(BatchStream(config.data, tokenizer, job["steps"])):
-        moments.append(time.perf_counter())
+        moments.append((time.perf_counter(), time.process_time()))
         features = encoder(batch)
         loss(features["image"], features["text"], encoder.logit_scale).backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
@@ -171,7 +172,7 @@ class _Noted:
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.loader:
-            self.moments.append(time.perf_counter())
+            self.moments.append((time.perf_counter(), time.process_time()))
             yield batch
 
 
