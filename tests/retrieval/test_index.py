@@ -331,6 +331,69 @@ def test_added_and_removed(made: Path, corpus: Corpus, tmp_path: Path, factory: 
     assert (anew["changed"], anew["size"], "rebuild" in anew) == ({"added": 0, "removed": 0}, 1000, False)
 
 
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_a_removed_study_stays_out_of_what_is_built_anew(
+    made: Path, corpus: Corpus, tmp_path: Path, modality: str
+) -> None:
+    """A consent that was withdrawn: neither its rows nor its vectors come back, however often it is built."""
+    out, features = tmp_path / "i", features_of(made, modality)
+    build_index(made, out, modality, say=quiet)
+    studies = [row["study_id"] for row in open_index(out).rows(range(900))]
+    gone = [studies[7], studies[450]]
+    remove_from_index(out, gone)
+    for turn in (1, 2):
+        manifest = build_index(made, out, modality, say=quiet)
+        index = open_index(out)
+        assert (len(index), manifest["size"], manifest["next_id"]) == (898, 898, 900 + turn * 898)
+        assert index.ids(()).min() == 900 + (turn - 1) * 898  # ids of another row are never given again
+        assert not {row["study_id"] for row in index.rows(index.ids(()))} & set(gone)
+        # And what stays has its own vector still.
+        hits = [found[0] for found in index.search(features[[6, 8, 899]], 1)]
+        assert all(hit.score == pytest.approx(1, abs=1e-5) for hit in hits)
+        if modality == "image":
+            assert [hit.study_id for hit in hits] == [studies[6], studies[8], studies[899]]
+            assert all(found[0].score < 0.9999 for found in index.search(features[[7, 450]], 1))
+    assert not any(study in (out / "manifest.json").read_text() for study in gone)
+    more = renamed(replace(corpus, seed=8, size=100), tmp_path / "more", "new")
+    add_to_index(out, more)
+    remove_from_index(out, ["new-study-3", "new-study-4"])
+    assert len(build_index([made, more], out, modality, say=quiet)["withdrawn"]["studies"]) == 4
+    assert len(open_index(out)) == 996
+
+
+def test_nothing_but_removed_studies(made: Path, small: Path) -> None:
+    remove_from_index(small, [row["study_id"] for row in open_index(small).rows(range(900))])
+    with pytest.raises(UserError, match="all rows of the embeddings are of studies that were removed"):
+        build_index(made, small, say=quiet)
+
+
+def test_an_index_that_is_built_anew_takes_no_changes(made: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A removal meanwhile would be forgotten."""
+    choose, tried = build.choose, []
+
+    def meanwhile(*arguments: Any) -> Any:
+        with pytest.raises(UserError, match="is being changed by another process"):
+            remove_from_index(small, ["study-1"])
+        tried.append(True)
+        return choose(*arguments)
+
+    monkeypatch.setattr(build, "choose", meanwhile)
+    build_index(made, small, say=quiet)
+    assert tried
+
+
+def test_removals_of_an_earlier_version(made: Path, small: Path) -> None:
+    remove_from_index(small, ["study-1"])
+    manifest = json.loads((small / "manifest.json").read_text())
+    del manifest["withdrawn"]
+    (small / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="does not say which studies were removed"):
+        build_index(made, small, say=quiet)
+    remove_from_index(small, ["study-2"])  # notes both
+    build_index(made, small, say=quiet)
+    assert len(open_index(small)) == 898
+
+
 def test_a_removed_copy_leaves_the_others(made: Path, tmp_path: Path) -> None:
     build_index(made, tmp_path / "i", "text", say=quiet)
     index = open_index(tmp_path / "i")
