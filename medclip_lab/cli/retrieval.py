@@ -156,6 +156,8 @@ def _told(out: Path, manifest: dict[str, Any]) -> str:
         f"memory at the peak {show_size(memory['peak'])}, predicted {show_size(memory['predicted'])}",
     ]
     changed = manifest["changed"]
+    if manifest["withdrawn"]["studies"]:
+        lines.append(f"{len(manifest['withdrawn']['studies'])} removed studies stay out of it")
     if any(changed.values()):
         lines[1] = f"since it was built {changed['added']} rows were added and {changed['removed']} removed"
     if manifest.get("rebuild"):

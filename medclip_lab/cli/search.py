@@ -8,6 +8,8 @@ from typing import Any
 from medclip_lab.cli.common import Verbs, add_verb, say
 from medclip_lab.errors import UserError
 
+RATIO = 1.5
+
 
 def add_store(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("store")
@@ -69,20 +71,22 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
 def _add_policy(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how many are kept")
     group.add_argument("--policy", choices=("fixed-k", "ratio", "calibrated"), default="fixed-k")
-    group.add_argument("--ratio", type=float, default=1.5, help="kept while best / score is below it (default: 1.5)")
+    group.add_argument("--ratio", type=float, help=f"kept while best / score is below it (default: {RATIO})")
     group.add_argument("--calibration", type=Path, default=None, help="what rag calibrate wrote")
 
 
-def _policy(args: argparse.Namespace, store: Any) -> Any:
-    """The policy that is asked for; None keeps all k."""
+def _policy(args: argparse.Namespace, store: Any, asked: dict[str, Any]) -> Any:
+    """The policy that is asked for; None keeps all k. `asked` is as of `load_calibration`."""
     from medclip_lab.retrieval.policies import Ratio
     from medclip_lab.retrieval.risk import load_calibration
 
     if (args.policy == "calibrated") != (args.calibration is not None):
         raise UserError("--policy calibrated and --calibration go together")
+    if args.ratio is not None and args.policy != "ratio":
+        raise UserError("--ratio is for --policy ratio")
     if args.policy == "calibrated":
-        return load_calibration(args.calibration, store.fingerprint(), args.where)
-    return Ratio(args.ratio) if args.policy == "ratio" else None
+        return load_calibration(args.calibration, store.fingerprint(), asked | {"where": args.where, "k": args.k})
+    return Ratio(RATIO if args.ratio is None else args.ratio) if args.policy == "ratio" else None
 
 
 def _open(args: argparse.Namespace, fingerprint: str | None = None) -> Any:
@@ -101,6 +105,8 @@ def _run_search(args: argparse.Namespace) -> None:
     from medclip_lab.retrieval.parameters import Parameters
     from medclip_lab.retrieval.router import open_router
 
+    if args.with_vectors and not args.json:
+        raise UserError("--with-vectors is for --json")
     encoder = load(args.bundle)
     direction = "text" if args.text is not None else "image" if args.image is not None else None
     query = None
@@ -119,14 +125,15 @@ def _run_search(args: argparse.Namespace) -> None:
         raise UserError("search: --domain is for a router, as rag route writes it")
     else:
         store = _open(args, encoder.fingerprint)
+    patient = _patient(args, store)
     given = Parameters(nprobe=args.nprobe, ef_search=args.ef_search, k_factor=args.k_factor)
     hits = store.search(
         store.vectors([args.id]) if query is None else query,
         args.k,
         where=args.where,
-        not_patients=[_patient(args, store)],
+        not_patients=[patient],
         not_ids=[args.id],
-        policy=_policy(args, store),
+        policy=_policy(args, store, _asked(args, store, direction)),
         with_text=args.with_text,
         # What was not measured is searched as thoroughly as the hardest direction that was.
         direction=direction if direction in store.manifest.get("parameters", ()) else None,
@@ -147,6 +154,13 @@ def _run_search(args: argparse.Namespace) -> None:
     say(args, values, "\n".join(lines))
 
 
+def _asked(args: argparse.Namespace, store: Any, direction: str | None) -> dict[str, Any]:
+    """Of a search what a calibration can be held to: what a --vector is of, nobody knows."""
+    asked: dict[str, Any] = {"other_patients": args.other_patients or args.not_patient is not None}
+    modality = store.manifest["modality"] if args.id is not None else direction
+    return asked if modality is None else asked | {"modality": modality}
+
+
 def _vector(path: Path) -> Any:
     import numpy as np
 
@@ -161,7 +175,13 @@ def _vector(path: Path) -> Any:
 
 def _patient(args: argparse.Namespace, store: Any) -> str | None:
     if not args.other_patients:
-        return None if args.not_patient is None else str(args.not_patient)
+        if args.not_patient is None:
+            return None
+        from medclip_lab.retrieval.filters import Condition
+
+        if not len(store.ids((Condition("patient_id", "=", (args.not_patient,)),))):
+            print("--not-patient excludes nobody: no row is of this patient", file=sys.stderr)
+        return str(args.not_patient)
     if args.id is None or args.not_patient is not None:
         raise UserError("--other-patients is for --id, and --not-patient for other queries")
     patient = store.rows([args.id])[0]["patient_id"]
@@ -245,8 +265,9 @@ def _run_calibrate(args: argparse.Namespace) -> None:
 def _run_export(args: argparse.Namespace) -> None:
     from medclip_lab.retrieval.rag import export
 
-    store = _open(args)
-    found = export(store, args.embeddings, _asking(args), _policy(args, store), args.out)
+    store, asking = _open(args), _asking(args)
+    asked = {"modality": asking.modality, "labels": asking.labels, "other_patients": asking.other_patients}
+    found = export(store, args.embeddings, asking, _policy(args, store, asked), args.out)
     told = ", ".join(f"{name} {value:.3f}" for name, value in found.items() if name != "queries")
     say(args, found, f"{args.out}: {found['queries']} queries; {told}")
 

@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 
 from medclip_lab.doctor import cpu_name
 from medclip_lab.errors import UserError
-from medclip_lab.files import refuse_to_replace
+from medclip_lab.files import read_json, refuse_to_replace
 from medclip_lab.retrieval.choose import Choice, Goals, choose
 from medclip_lab.retrieval.embeddings import MODALITIES, Embeddings
 from medclip_lab.retrieval.families import import_faiss
@@ -21,6 +20,7 @@ from medclip_lab.retrieval.gallery import Gallery, make_gallery
 from medclip_lab.retrieval.memory import Meter, release
 from medclip_lab.retrieval.parameters import Parameters
 from medclip_lab.retrieval.store import FORMATS, MANIFEST, RowWriter, changing, commit, save_array, save_index
+from medclip_lab.retrieval.withdrawn import Withdrawn, withdrawn_from
 
 Folders = str | Path | Sequence[str | Path]
 
@@ -37,35 +37,54 @@ def build_index(
 
     Args:
         embeddings: one or more folders of one bundle.
-        out: a new folder, or an index that is replaced as soon as the new one is whole.
+        out: a new folder, or an index that is replaced as soon as the new one is whole: it takes no changes meanwhile,
+            what was removed from it stays out, and ids go on where its own ended.
         include_text: keep report text in the table; the embeddings must hold it.
         say: told of each kind of index that is tried; None tells standard error.
 
     Raises:
-        UserError: no usable embeddings, no faiss, text asked for and not there, `out` holds something else; too little
-            memory, or a recall that nothing reaches.
+        UserError: no usable embeddings, no faiss, text asked for and not there, `out` holds something else or is being
+            changed; too little memory, or a recall that nothing reaches.
     """
     goals = goals or Goals()
     if modality not in MODALITIES:
         raise UserError(f"index: modality {modality!r} is unknown, one of {', '.join(MODALITIES)} expected")
     out = Path(out).expanduser()
     refuse_to_replace(out, MANIFEST, FORMATS, "index")
+    if not (out / MANIFEST).exists():
+        return _build(embeddings, out, modality, include_text, goals, say or _to_stderr, {})
+    with changing(out):  # all the while: a removal in between would be forgotten
+        old = read_json(out / MANIFEST, "index")
+        return _build(embeddings, out, modality, include_text, goals, say or _to_stderr, old)
+
+
+def _build(
+    embeddings: Folders,
+    out: Path,
+    modality: str,
+    include_text: bool,
+    goals: Goals,
+    say: Callable[[str], None],
+    old: dict[str, Any],
+) -> dict[str, Any]:
+    """`old` is the manifest of the index that is replaced."""
     faiss = import_faiss()
+    withdrawn, first_id = withdrawn_from(old, out), int(old.get("next_id", 0))
     meter = Meter(goals.max_memory)
     folders = open_all(embeddings)
     for folder in folders:
         if include_text and not folder.manifest["include_text"]:
             raise UserError("index: the embeddings hold no report text: embed again with --include-text")
     dedup = modality == "text" if goals.dedup is None else goals.dedup
-    gallery = make_gallery(folders, modality, goals.queries, dedup, goals.seed)
+    gallery = make_gallery(folders, modality, goals.queries, dedup, goals.seed, withdrawn)
     release()
-    choice = choose(gallery, goals, meter, say or _to_stderr)
+    choice = choose(gallery, goals, meter, say)
     meter.check()
     _add_held_out(choice.index, gallery)
 
     def write(folder: Path) -> dict[str, Path]:
         with RowWriter(folder / "rows.arrow") as rows:
-            write_rows(rows, folders, modality, include_text, 0)
+            write_rows(rows, folders, modality, include_text, first_id, withdrawn)
         return {
             "vectors": save_index(folder / "vectors.faiss", choice.index),
             "rows": rows.path,
@@ -85,12 +104,12 @@ def build_index(
         "text_included": include_text,
         "faiss": faiss.__version__,
         "made_on": {"threads": faiss.omp_get_max_threads(), "cpu": cpu_name(), "cores": os.cpu_count()},
-        "next_id": len(gallery.groups.members),
+        "next_id": first_id + len(gallery.groups.members),
         "changed": {"added": 0, "removed": 0},
+        "withdrawn": withdrawn.record(),
         **_measured(choice, goals, gallery, meter),
     }
-    with changing(out) if (out / MANIFEST).exists() else nullcontext():
-        return commit(out, write, facts)
+    return commit(out, write, facts)
 
 
 def open_all(embeddings: Folders) -> list[Embeddings]:
@@ -134,12 +153,21 @@ def _measured(choice: Choice, goals: Goals, gallery: Gallery, meter: Meter) -> d
     }
 
 
-def write_rows(rows: RowWriter, folders: Sequence[Embeddings], modality: str, text: bool, first_id: int) -> None:
-    """The tables of embeddings as they stand, with ids from `first_id`."""
+def write_rows(
+    rows: RowWriter,
+    folders: Sequence[Embeddings],
+    modality: str,
+    text: bool,
+    first_id: int,
+    withdrawn: Withdrawn | None = None,
+) -> None:
+    """The tables of embeddings as they stand but for withdrawn studies, with ids from `first_id`."""
     for folder in folders:
         for path in folder.paths(modality, "parquet"):
             table = pq.read_table(path)
             table = table.drop_columns([name for name in table.column_names if name == "text" and not text])
+            if withdrawn:
+                table = table.filter(pa.array(withdrawn.stays(table["study_id"].to_pylist())))
             numbers = np.arange(table.num_rows, dtype=np.int64) + first_id + rows.count
             rows.write(table.add_column(0, "id", pa.array(numbers)))
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from medclip_lab.errors import UserError
 from medclip_lab.retrieval.embeddings import MODALITIES, TOLERANCE, Embeddings, Files, Floats, Rows, Vectors
 from medclip_lab.retrieval.recall import Queries
+from medclip_lab.retrieval.withdrawn import Withdrawn
 
 HELD_OUT = 1000
 """Queries of each direction, at most."""
@@ -144,7 +145,12 @@ class Gallery:
 
 
 def make_gallery(
-    folders: Sequence[Embeddings], modality: str, directions: Sequence[str] | None, dedup: bool, seed: int
+    folders: Sequence[Embeddings],
+    modality: str,
+    directions: Sequence[str] | None,
+    dedup: bool,
+    seed: int,
+    withdrawn: Withdrawn | None = None,
 ) -> Gallery:
     """The vectors of a modality, with queries of every direction held out.
 
@@ -154,15 +160,24 @@ def make_gallery(
     Args:
         directions: modalities that will ask; None takes those that the embeddings hold.
         dedup: hold one vector for copies.
+        withdrawn: studies none of whose rows is in it, nor asks.
 
     Raises:
-        UserError: no such vectors, a direction without vectors, different bundles.
+        UserError: no such vectors, or none but those of withdrawn studies; a direction without vectors, different
+            bundles.
     """
-    vectors = joined(folders, modality)
-    original = copies(keys(folders, modality, vectors), vectors) if dedup else np.arange(len(vectors))
+    vectors, studies = joined(folders, modality), _studies(folders, modality)
+    copied = keys(folders, modality, vectors) if dedup else None
+    if withdrawn:
+        staying = np.flatnonzero(withdrawn.stays(studies.to_pylist()))
+        if not len(staying):
+            raise UserError("index: all rows of the embeddings are of studies that were removed from this index")
+        vectors, studies = Chosen(vectors, staying), studies.take(pa.array(staying))
+        copied = None if copied is None else copied[staying]
+    original = np.arange(len(vectors)) if copied is None else copies(copied, vectors)
     unique = np.flatnonzero(original == np.arange(len(original)))
     rng = np.random.default_rng(seed)
-    names, held = _hold_out(_studies(folders, modality), unique, rng)
+    names, held = _hold_out(studies, unique, rng)
     main = np.setdiff1d(unique, held, assume_unique=True)
     queries = {}
     for direction in _directions(folders, directions):
@@ -170,6 +185,8 @@ def make_gallery(
         rows = held if direction == modality else np.flatnonzero(pc.is_in(_studies(folders, direction), names))
         if not len(rows):  # a corpus of fewer than ten has nobody to spare, and modalities may have no study in common
             rows = np.arange(len(asked))
+            if withdrawn:
+                rows = np.flatnonzero(withdrawn.stays(_studies(folders, direction).to_pylist()))
         rows = np.sort(rng.choice(rows, min(HELD_OUT, len(rows)), replace=False))
         queries[direction] = Queries(direction, asked.take(rows))
     order = np.concatenate([main, held])

@@ -13,7 +13,7 @@ and each loss here goes one way:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ import numpy as np
 from medclip_lab.errors import UserError
 from medclip_lab.files import read_json, write_json
 
-FORMAT = "medclip-lab-calibration/1"
+FORMAT = "medclip-lab-risk/1"
 Risk = Literal["contradiction", "contradictions", "miss"]
 RISKS: tuple[Risk, ...] = ("contradiction", "contradictions", "miss")
 Signal = Literal["score", "ratio", "rank"]
@@ -150,29 +150,55 @@ def save_calibration(path: Path, calibrated: Calibrated, facts: dict[str, Any]) 
     return value
 
 
-def load_calibration(path: Path, vectors: str | None = None, where: Sequence[str] = ()) -> Calibrated:
+def load_calibration(path: Path, vectors: str | None = None, asked: Mapping[str, Any] | None = None) -> Calibrated:
     """The policy of a file.
 
     Args:
         vectors: what the index at hand says of its vectors; a calibration holds for those it was made with.
-        where: conditions of the search at hand.
+        asked: how it is asked at hand, of "where", "modality", "labels", "other_patients" (see `rag.Ask`) whatever is
+            known: answers of another kind have another risk; and "k", which against misses must not be smaller.
 
     Raises:
-        UserError: no such file or format, another index, other conditions.
+        UserError: no such file or format, another index, other answers than it was made with.
     """
     value = read_json(path, "calibration")
     if value.get("format") != FORMAT:
-        raise UserError(f"calibration: {path} has format {value.get('format')!r}, not {FORMAT!r}: calibrate again")
-    if vectors is not None and value["vectors"] != vectors:
-        raise UserError(f"calibration: {path} was made with another index: calibrate again with this one")
-    if sorted(value["where"]) != sorted(where):
         raise UserError(
-            f"calibration: {path} holds for answers with {' and '.join(value['where']) or 'no filter'}, not with "
-            f"{' and '.join(where) or 'none'}: calibrate again"
+            f"calibration: {path} has format {value.get('format')!r}, not {FORMAT!r}, which rag calibrate writes: "
+            "calibrate again"
         )
+    asked = dict(asked or {})
     try:
         threshold = -math.inf if value["threshold"] is None else float(value["threshold"])
         risk, signal = RISKS[RISKS.index(value["risk"])], SIGNALS[SIGNALS.index(value["signal"])]
-        return Calibrated(risk, float(value["alpha"]), signal, threshold, int(value["k"]), int(value["queries"]))
+        made = Calibrated(risk, float(value["alpha"]), signal, threshold, int(value["k"]), int(value["queries"]))
+        told = {name: (_told(name, value[name]), _told(name, asked[name])) for name in ASKED if name in asked}
+        of_vectors = str(value["vectors"])
     except (KeyError, TypeError, ValueError):
         raise UserError(f"calibration: {path} is damaged: calibrate again") from None
+    if vectors is not None and of_vectors != vectors:
+        raise UserError(f"calibration: {path} was made with another index: calibrate again with this one")
+    for held, wanted in told.values():
+        if held != wanted:
+            raise UserError(
+                f"calibration: {path} holds for {held}, not for {wanted}: calibrate again, or ask as it was"
+            )
+    if risk == "miss" and asked.get("k", made.k) < made.k:
+        raise UserError(
+            f"calibration: {path} holds for -k {made.k} or more, not for {asked['k']}: fewer reports miss more often"
+        )
+    return made
+
+
+ASKED = ("where", "modality", "labels", "other_patients")
+
+
+def _told(name: str, value: Any) -> str:
+    """One way of asking in words; equal words are equal ways."""
+    if name == "where":
+        return f"answers with {' and '.join(sorted(value)) or 'no filter'}"
+    if name == "modality":
+        return f"{value} queries"
+    if name == "labels":
+        return "all labels" if value is None else f"the labels {', '.join(sorted(set(value)))}"
+    return "answers of other patients alone" if value else "answers of the query's own patient too"

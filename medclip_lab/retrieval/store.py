@@ -10,6 +10,7 @@ the index before or after it, never between. What the manifest no longer names g
     index/removed-<hash>.npy      ids that are no longer answered with
 """
 
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +33,8 @@ FORMATS = ("medclip-lab-index/1", FORMAT)
 """Those that a build may replace."""
 MANIFEST, LOCK = "manifest.json", ".lock"
 ROLES = ("vectors", "rows", "starts", "members")
+_OURS = re.compile(r"[a-z]+-[0-9a-f]{16}\.(faiss|arrow|npy)|\.manifest\.json\.[0-9a-f]{8}\.tmp")
+"""Names that a change may leave behind; nothing else in the folder is ever deleted."""
 ROWS_AT_ONCE = 65_536
 SLACK = 2**20
 ATTEMPTS = 5
@@ -52,6 +55,7 @@ def commit(
         UserError: another process is changing the same index.
     """
     old: dict[str, Any] = read_json(out / MANIFEST, "index")["files"] if keep else {}
+    out = out.absolute()  # "." has no name
     staging = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     staging.mkdir(parents=True)
     try:
@@ -61,18 +65,21 @@ def commit(
             named = path.rename(staging / f"{role}-{digest[:16]}{path.suffix}")
             files[role] = {"name": named.name, "bytes": named.stat().st_size, "sha256": digest}
         manifest = {"format": FORMAT, **facts, "files": files}
-        if not out.exists() or not any(out.iterdir()):
+        # The folder somebody stands in is filled, not replaced: they would be left standing in nothing.
+        if not out.exists() or (not any(out.iterdir()) and out != Path.cwd()):
             write_json(staging / MANIFEST, manifest)
             staging.rename(out)
             return manifest
+        first = (out / MANIFEST).exists() and read_json(out / MANIFEST, "index").get("format") == FORMATS[0]
         for path in staging.iterdir():
             path.replace(out / path.name)
         write_json(out / MANIFEST, manifest)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    named_now = {entry["name"] for entry in files.values()} | {MANIFEST, LOCK}
+    named_now = {entry["name"] for entry in files.values()}
     for path in out.iterdir():
-        if path.is_file() and path.name not in named_now:
+        ours = _OURS.fullmatch(path.name) or (first and path.name in ("index.faiss", "ids.parquet"))
+        if ours and path.name not in named_now:
             path.unlink()
     return manifest
 

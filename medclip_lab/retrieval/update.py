@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from medclip_lab.errors import UserError
 from medclip_lab.retrieval.build import Folders, open_all, write_rows
+from medclip_lab.retrieval.embeddings import Rows
 from medclip_lab.retrieval.families import import_faiss
 from medclip_lab.retrieval.gallery import Groups, joined
 from medclip_lab.retrieval.store import Opened, RowWriter, changing, commit, save_array, save_index
+from medclip_lab.retrieval.withdrawn import Withdrawn
 
 REBUILD = 0.2
 """Share of an index that may change before its measured recall says too little of it."""
@@ -56,13 +59,17 @@ def add_to_index(index: str | Path, embeddings: Folders) -> dict[str, Any]:
 
         facts = _changed(manifest, added=len(vectors))
         facts |= {"vectors": grown.ntotal, "next_id": manifest["next_id"] + len(vectors)}
+        back = {study for given in folders for study in given.table(modality)["study_id"].to_pylist()}
+        gone = _gone(opened.rows, opened.removed)
+        facts["withdrawn"] = Withdrawn(manifest).and_also(gone).without(back).record()
         return commit(folder, write, facts, [role for role in manifest["files"] if role == "removed"])
 
 
 def remove_from_index(index: str | Path, study_ids: Collection[str]) -> dict[str, Any]:
     """Answer no longer with any row of some studies; returns the new manifest.
 
-    What the files hold of them goes when the index is built anew without them.
+    What the files hold of them goes when the index is built anew in its folder, from which they then stay away, until
+    they are added again.
 
     Raises:
         UserError: a study that the index does not hold.
@@ -84,6 +91,7 @@ def remove_from_index(index: str | Path, study_ids: Collection[str]) -> dict[str
             return {"removed": save_array(staging / "removed.npy", removed)}
 
         facts = _changed(opened.manifest, removed=len(gone))
+        facts["withdrawn"] = Withdrawn(opened.manifest).and_also(_gone(opened.rows, removed)).record()
         keep = [role for role in opened.manifest["files"] if role != "removed"]
         return commit(folder, write, facts, keep)
 
@@ -92,6 +100,13 @@ def _there(folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"index: no such folder: {folder}")
     return folder
+
+
+def _gone(rows: pa.Table, removed: Rows) -> set[str]:
+    """Studies whose rows are all removed."""
+    dead = np.isin(rows["id"].to_numpy(), removed)
+    studies = np.array(rows["study_id"].to_pylist())
+    return set(studies[dead].tolist()) - set(studies[~dead].tolist())
 
 
 def _refuse_known(opened: Opened, batches: list[Any]) -> None:

@@ -37,3 +37,11 @@ def index(embeddings: Path) -> Path:
 
     build_index(embeddings, embeddings.parent / "index", "image", include_text=True)
     return embeddings.parent / "index"
+
+
+@pytest.fixture
+def small(made: Path, tmp_path: Path) -> Path:
+    from medclip_lab.retrieval.build import build_index
+
+    build_index(made, tmp_path / "small", say=lambda _: None)
+    return tmp_path / "small"

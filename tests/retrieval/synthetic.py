@@ -1,14 +1,17 @@
 """Folders of embeddings drawn at random, as `embed` would have written them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from medclip_lab.files import write_json
-from medclip_lab.retrieval.embeddings import FORMAT, MANIFEST, STATUS_SCHEMA, table_schema, write_part
+from medclip_lab.bench.vectors import Corpus
+from medclip_lab.files import sha256, write_json
+from medclip_lab.retrieval.embeddings import FORMAT, MANIFEST, STATUS_SCHEMA, Embeddings, table_schema, write_part
 from medclip_lab.retrieval.parts import text_key
 
 BUNDLE = "b" * 64
@@ -74,3 +77,31 @@ def draw(
     manifest = {"format": FORMAT, "bundle": BUNDLE, "include_text": True, "source": {f"{name}.tar": ""}}
     write_json(folder / MANIFEST, manifest)
     return folder
+
+
+def renamed(corpus: Corpus, folder: Path, name: str) -> Path:
+    """Embeddings of a corpus whose studies have names of their own."""
+    corpus.write(folder)
+    for path in sorted(folder.glob("*/*.parquet")):
+        table = pq.read_table(path)
+        if table.num_rows:
+            ids = pa.array([f"{name}-{study}" for study in table["study_id"].to_pylist()])
+            pq.write_table(table.set_column(0, "study_id", ids), path)
+        shard = path.parent / "shard.json"
+        facts = json.loads(shard.read_text())
+        facts["sha256"][path.name] = sha256(path)
+        shard.write_text(json.dumps(facts))
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
+
+
+def features_of(folder: Path, modality: str) -> Any:
+    found = Embeddings(folder).vectors(modality)
+    return found.take(np.arange(len(found)))
+
+
+def quiet(_: str) -> None:
+    pass

@@ -21,26 +21,8 @@ from medclip_lab.retrieval.choose import Goals
 from medclip_lab.retrieval.embeddings import Embeddings
 from medclip_lab.retrieval.families import import_faiss
 from medclip_lab.retrieval.index import open_index
-from medclip_lab.retrieval.update import add_to_index, remove_from_index
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
-
-
-def features_of(folder: Path, modality: str) -> Any:
-    found = Embeddings(folder).vectors(modality)
-    return found.take(np.arange(len(found)))
-
-
-def quiet(_: str) -> None:
-    pass
-
-
-@pytest.fixture
-def small(made: Path, tmp_path: Path) -> Path:
-    build_index(made, tmp_path / "small", say=quiet)
-    return tmp_path / "small"
+from medclip_lab.retrieval.update import add_to_index
+from tests.retrieval.synthetic import contents, features_of, quiet, renamed
 
 
 def test_an_image_finds_itself(index: Path, embeddings: Path) -> None:
@@ -275,87 +257,6 @@ def test_a_change_is_seen_as_a_whole_or_not_at_all(
     assert len(open_index(small)) == 1000
     assert len(contents(small)) == len(before)  # what nothing names any more is gone
     assert len(old.search(features_of(made, "image")[:2], 3)[0]) == 3  # and who has it open can go on
-
-
-def renamed(corpus: Corpus, folder: Path, name: str) -> Path:
-    """Embeddings of a corpus whose studies have names of their own."""
-    corpus.write(folder)
-    import pyarrow.parquet as pq
-
-    for path in sorted(folder.glob("*/*.parquet")):
-        table = pq.read_table(path)
-        if table.num_rows:
-            ids = pa.array([f"{name}-{study}" for study in table["study_id"].to_pylist()])
-            pq.write_table(table.set_column(0, "study_id", ids), path)
-        shard = path.parent / "shard.json"
-        facts = json.loads(shard.read_text())
-        facts["sha256"][path.name] = sha256(path)
-        shard.write_text(json.dumps(facts))
-    return folder
-
-
-@pytest.mark.parametrize("factory", ["Flat", "SQ8", "IVF8,Flat", "HNSW8_SQfp16", "PQ12x4fs,Refine(SQfp16)"])
-def test_added_and_removed(made: Path, corpus: Corpus, tmp_path: Path, factory: str) -> None:
-    out = tmp_path / "i"
-    build_index(made, out, goals=Goals(factory=factory, target_recall=0.9), say=quiet)
-    more = renamed(replace(corpus, seed=8, size=100), tmp_path / "more", "new")
-    manifest = add_to_index(out, more)
-    assert (manifest["size"], manifest["next_id"], manifest["rebuild"]) == (1000, 1000, False)
-    index, added, first = open_index(out), features_of(more, "image"), features_of(made, "image")
-    hits = [found[0] for found in index.search(np.concatenate([first[:3], added[:3]]), 1)]
-    assert [hit.id for hit in hits] == [0, 1, 2, 900, 901, 902]
-    assert hits[3].study_id == "new-study-0"
-    with pytest.raises(UserError, match=r"100 of 100 rows to add are in .* already"):
-        add_to_index(out, more)
-    gone = [f"new-study-{number}" for number in range(100)]
-    removed = remove_from_index(out, gone[:50])
-    assert (removed["size"], len(open_index(out))) == (950, 950)
-    index = open_index(out)
-    for found in index.search(added, 20):
-        assert len(found) == 20
-        assert not {hit.study_id for hit in found} & set(gone[:50])
-        assert [hit.rank for hit in found] == list(range(1, 21))
-    assert len(index.search(added[:1], 5000)[0]) == 950
-    with pytest.raises(UserError, match="holds no id 900"):
-        index.rows([900])
-    with pytest.raises(UserError, match=r"1 of 2 studies to remove are not in .*: none was"):
-        remove_from_index(out, [gone[0], gone[60]])
-    assert len(open_index(out)) == 950
-    again = remove_from_index(out, gone[50:])
-    assert (again["size"], again["changed"]) == (900, {"added": 100, "removed": 100})
-    assert again["rebuild"]  # a fifth of it has changed
-    back = add_to_index(out, more)  # what was removed may come back, under new ids
-    assert back["next_id"] == 1100
-    assert open_index(out).search(added[:1], 1)[0][0].id == 1000
-    anew = build_index([made, more], out, say=quiet)
-    assert (anew["changed"], anew["size"], "rebuild" in anew) == ({"added": 0, "removed": 0}, 1000, False)
-
-
-def test_a_removed_copy_leaves_the_others(made: Path, tmp_path: Path) -> None:
-    build_index(made, tmp_path / "i", "text", say=quiet)
-    index = open_index(tmp_path / "i")
-    group = index.groups.of(int(np.diff(index.groups.starts).argmax()))
-    assert len(group) > 1
-    studies = [index.row(int(row))["study_id"] for row in group]
-    query = features_of(made, "text")[group[0]]
-    assert [hit.study_id for hit in index.search(query, len(group))[0]] == studies
-    remove_from_index(tmp_path / "i", studies[:1])
-    assert [hit.study_id for hit in open_index(tmp_path / "i").search(query, len(group) - 1)[0]] == studies[1:]
-
-
-def test_changes_that_cannot_be(made: Path, small: Path, corpus: Corpus, embeddings: Path, tmp_path: Path) -> None:
-    narrow = replace(corpus, dim=8, size=50).write(tmp_path / "narrow")
-    with pytest.raises(UserError, match=r"have 8 dimensions, .* has 24"):
-        add_to_index(small, narrow)
-    with pytest.raises(UserError, match="was built with bundle"):
-        add_to_index(small, embeddings)
-    with pytest.raises(UserError, match="no such folder"):
-        remove_from_index(tmp_path / "none", ["a"])
-    with (
-        store.changing(small),
-        pytest.raises(UserError, match="is being changed by another process: try again when it is done"),
-    ):
-        remove_from_index(small, ["study-1"])
 
 
 def test_threads_search_one_index(made: Path, tmp_path: Path) -> None:

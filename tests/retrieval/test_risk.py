@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -185,23 +186,49 @@ def test_mistakes(changes: dict[str, object], message: str) -> None:
         calibrate(draw(30, 0), **options)  # type: ignore[arg-type]
 
 
-def test_a_calibration_is_of_its_index_and_its_filter(tmp_path: Path) -> None:
+ASKED = {"where": ["view=PA"], "modality": "image", "labels": ["B", "A"], "other_patients": True}
+
+
+def test_a_calibration_is_of_its_index_and_of_how_it_was_asked(tmp_path: Path) -> None:
     made = calibrate([Answered([0.5], [False], [True])] * 30, "contradiction", 0.1, "score", K)
     assert made.threshold == -math.inf
     path = tmp_path / "c.json"
-    save_calibration(path, made, {"vectors": "abc", "where": ["view=PA"]})
-    assert load_calibration(path, "abc", ["view=PA"]) == made
+    save_calibration(path, made, {"vectors": "abc", **ASKED})
+    for asked in (None, {}, ASKED, ASKED | {"labels": ("A", "B"), "k": 1}):
+        assert load_calibration(path, "abc", asked) == made
     with pytest.raises(UserError, match="another index"):
-        load_calibration(path, "abd", ["view=PA"])
-    with pytest.raises(UserError, match="holds for answers with view=PA, not with none"):
-        load_calibration(path, "abc", [])
+        load_calibration(path, "abd", ASKED)
+    for other, message in (
+        ({"where": []}, "holds for answers with view=PA, not for answers with no filter"),
+        ({"modality": "text"}, "holds for image queries, not for text queries"),
+        ({"labels": None}, "holds for the labels A, B, not for all labels"),
+        ({"labels": ["A"]}, "holds for the labels A, B, not for the labels A"),
+        ({"other_patients": False}, "holds for answers of other patients alone, not for answers of the query's own"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_calibration(path, "abc", ASKED | other)
     value = json.loads(path.read_text())
     path.write_text(json.dumps(value | {"risk": "x"}))
     with pytest.raises(UserError, match="is damaged"):
-        load_calibration(path, "abc", ["view=PA"])
-    path.write_text(json.dumps(value | {"format": "x"}))
-    with pytest.raises(UserError, match="format 'x'"):
-        load_calibration(path, "abc", ["view=PA"])
+        load_calibration(path, "abc", ASKED)
+    for name in value.keys() - {"format", "measured"}:
+        path.write_text(json.dumps({key: value[key] for key in value if key != name}))
+        with pytest.raises(UserError, match="is damaged"):
+            load_calibration(path, "abc", ASKED)
+    path.write_text(json.dumps(value | {"format": "medclip-lab-calibration/1"}))  # of a bundle
+    with pytest.raises(UserError, match="format 'medclip-lab-calibration/1'"):
+        load_calibration(path, "abc", ASKED)
+
+
+def test_fewer_reports_than_were_calibrated_may_miss_more_and_contradict_less(tmp_path: Path) -> None:
+    for risk, least in (("miss", K), ("contradiction", 1), ("contradictions", 1)):
+        made = calibrate([Answered([0.5] * K, [False] * K, [True] * K)] * 30, risk, 0.1, "score", K)  # type: ignore[arg-type]
+        save_calibration(tmp_path / "c.json", made, {"vectors": "abc", **ASKED})
+        assert load_calibration(tmp_path / "c.json", "abc", {"k": least}) == made
+        assert load_calibration(tmp_path / "c.json", "abc", {"k": 2 * K}) == made
+    save_calibration(tmp_path / "c.json", replace(made, risk="miss"), {"vectors": "abc", **ASKED})
+    with pytest.raises(UserError, match=f"holds for -k {K} or more, not for {K - 1}: fewer reports miss more often"):
+        load_calibration(tmp_path / "c.json", "abc", {"k": K - 1})
 
 
 def test_ratio_is_that_of_mmed_rag() -> None:

@@ -49,7 +49,10 @@ def test_filters_exclusions_and_vectors(run: Any, toy_bundle: Path, index: Path,
     assert "the policy keeps no more" in run.err
 
 
-def test_rag(run: Any, toy_bundle: Path, reports: Path, index: Path, embeddings: Path, tmp_path: Path) -> None:
+def test_rag(
+    run: Any, toy_bundle: Path, reports: Path, index: Path, embeddings: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     made = run("rag", "calibrate", reports, embeddings, "--alpha", 0.3, "-k", 5, "--out", tmp_path / "c.json")
     assert made["queries"] == len(set(open_index(reports).table["patient_id"].to_pylist()))
     calibrated = ("--policy", "calibrated", "--calibration", tmp_path / "c.json")
@@ -57,12 +60,32 @@ def test_rag(run: Any, toy_bundle: Path, reports: Path, index: Path, embeddings:
     lines = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert found["queries"] == len(lines)
     assert found["kept"] == pytest.approx(np.mean([line["retrieve_k"] for line in lines]))
-    run("search", toy_bundle, reports, "--text", "The heart is enlarged.", *calibrated)
+    np.save(tmp_path / "q.npy", open_index(index).vectors([3])[0])
+    query = ("search", toy_bundle, reports, "--vector", tmp_path / "q.npy", *calibrated)
+    patient = open_index(index).rows([3])[0]["patient_id"]
+    assert patient not in {hit["patient_id"] for hit in run(*query, "--not-patient", patient)}
+    for command, message in (
+        (query, "holds for answers of other patients alone"),
+        (("search", toy_bundle, reports, "--text", "x", "--not-patient", "p", *calibrated), "not for text queries"),
+        (("search", toy_bundle, reports, "--id", 3, "--other-patients", *calibrated), "not for text queries"),
+        (("rag", "export", reports, embeddings, "--out", tmp_path / "x", "--same-patient", *calibrated), "own patient"),
+        (("rag", "export", reports, embeddings, "--out", tmp_path / "x", "--labels", "Edema", *calibrated), "labels"),
+    ):
+        assert main([str(word) for word in command]) == 2
+        assert message in capsys.readouterr().err
     domains = [f"--domain={name}={index},{embeddings}" for name in ("one", "two")]
     assert run("rag", "route", *domains, "--out", tmp_path / "router.json")["domains"] == ["one", "two"]
     router = ("search", toy_bundle, tmp_path / "router.json", "--text", "heart", "-k", 2)
     assert len(run(*router, "--domain", "two")) == 2
     assert main([str(word) for word in router]) == 2
+
+
+def test_a_patient_that_is_not_there_is_said_to_be(run: Any, toy_bundle: Path, index: Path) -> None:
+    query = ("search", toy_bundle, index, "--text", "heart", "-k", 2, "--not-patient")
+    run(*query, "nobody")
+    assert "--not-patient excludes nobody" in run.err
+    run(*query, open_index(index).rows([0])[0]["patient_id"])
+    assert "nobody" not in run.err
 
 
 def test_milvus(run: Any, toy_bundle: Path, index: Path, embeddings: Path, tmp_path: Path) -> None:
@@ -80,6 +103,8 @@ def test_milvus(run: Any, toy_bundle: Path, index: Path, embeddings: Path, tmp_p
     [
         ("search BUNDLE INDEX --text x --where view==PA", "cannot read 'view==PA'"),
         ("search BUNDLE INDEX --text x --policy calibrated", "--policy calibrated and --calibration go together"),
+        ("search BUNDLE INDEX --text x --ratio 2", "--ratio is for --policy ratio"),
+        ("search BUNDLE INDEX --text x --with-vectors", "--with-vectors is for --json"),
         ("search BUNDLE INDEX --text x --uri m.db", "--store milvus and --uri go together"),
         ("search BUNDLE INDEX --text x --other-patients", "--other-patients is for --id"),
         ("search BUNDLE INDEX --text x --domain a", "--domain is for a router"),
