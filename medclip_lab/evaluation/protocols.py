@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medclip_lab.config import load_config, shipped
-from medclip_lab.data.findings import NO_FINDING
 from medclip_lab.errors import UserError
 from medclip_lab.files import digest
-from medclip_lab.inference.labelset import LabelPrompts, LabelSet, load_labelset
+from medclip_lab.inference.labelset import LabelPrompts, LabelSet, load_labelset, means_nothing
 
 Task = Literal["multi_label", "exclusive", "class_retrieval", "report_retrieval"]
 Record = Mapping[str, Any]
@@ -80,7 +79,7 @@ class ProtocolConfig:
         """The label set that is scored, with the protocol's own templates where it has some.
 
         Raises:
-            UserError: a label that the set does not have.
+            UserError: a label that the set does not have, or one that the task cannot ask for.
         """
         whole = load_labelset(self.labelset)
         by_name = {label.name: label for label in whole.labels}
@@ -91,10 +90,21 @@ class ProtocolConfig:
         labels = [by_name[name] for name in wanted]
         if self.positive_template:
             labels = [self._from_templates(label) for label in labels]
-        return LabelSet(name=f"{whole.name} by {self.name}", labels=labels, description=self.description)
+        if self.task in ("exclusive", "class_retrieval"):
+            for label in labels:
+                if not label.positive:
+                    raise UserError(
+                        f"protocol {self.name}: task {self.task} asks by positive prompts, and {label.name} of label set "
+                        f"{whole.name} has none: give it prompts of its own, or leave it out with labels:"
+                    )
+        name = f"{whole.name} by {self.name}"
+        try:
+            return LabelSet(name, labels, self.description, exclusive=whole.exclusive)
+        except ValueError as error:
+            raise UserError(f"protocol {self.name}: {error}") from None
 
     def _from_templates(self, label: LabelPrompts) -> LabelPrompts:
-        if label.name == NO_FINDING:
+        if means_nothing(label.name):
             return label  # "no no finding" asks the opposite of what it says
         name = label.name.lower()
         return LabelPrompts(label.name, [self.positive_template.format(name)], [self.negative_template.format(name)])

@@ -130,6 +130,40 @@ def test_names_and_keys_that_do_not_exist(tmp_path: Path) -> None:
         protocol(sampling=None, labels=["Flu"]).label_set()
 
 
+@pytest.fixture
+def nothing_else(tmp_path: Path) -> Path:
+    """A label set with a label that has no prompts."""
+    path = tmp_path / "nothing_else.yaml"
+    path.write_text(
+        "name: nothing_else\nlabels:\n"
+        "  - {name: Cardiomegaly, positive: [The heart is enlarged.], negative: [Heart size is normal.]}\n"
+        "  - {name: Edema, positive: [Edema.], negative: [No edema.]}\n"
+        "  - {name: No Finding, none_of: [Cardiomegaly, Edema]}\n"
+    )
+    return path
+
+
+def test_a_class_needs_prompts(nothing_else: Path) -> None:
+    """Its score would be NaN, which is the greatest of all for argmax."""
+    with pytest.raises(UserError, match="asks by positive prompts, and No Finding of label set nothing_else has none"):
+        protocol(sampling=None, labelset=str(nothing_else)).label_set()
+    drawn = Sampling(labels=["No Finding"], per_label=1)
+    with pytest.raises(UserError, match="task class_retrieval asks by positive prompts"):
+        protocol(task="class_retrieval", labelset=str(nothing_else), sampling=drawn).label_set()
+    assert protocol(task="multi_label", sampling=None, labelset=str(nothing_else)).label_set().labels[2].none_of
+
+
+def test_part_of_a_label_set_is_one_too(nothing_else: Path, tmp_path: Path) -> None:
+    part = protocol(task="multi_label", sampling=None, labelset=str(nothing_else), labels=["Edema", "No Finding"])
+    with pytest.raises(UserError, match="protocol mine: label set .* none_of of No Finding names 'Cardiomegaly'"):
+        part.label_set()
+    with pytest.raises(UserError, match="a name stands twice"):
+        protocol(sampling=None, labels=["Edema", "Edema"]).label_set()
+    path = tmp_path / "size.yaml"
+    path.write_text("name: size\nexclusive: true\nlabels:\n  - {name: Edema, positive: [Edema.]}\n")
+    assert protocol(sampling=None, labelset=str(path)).label_set().exclusive, "without negative prompts"
+
+
 def test_one_of_several_is_scikit_learns() -> None:
     rng = np.random.default_rng(0)
     scores, truth, names = rng.normal(size=(60, 3)), rng.integers(0, 3, 60), ["a", "b", "c"]
