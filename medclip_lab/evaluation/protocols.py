@@ -94,8 +94,8 @@ class ProtocolConfig:
             for label in labels:
                 if not label.positive:
                     raise UserError(
-                        f"protocol {self.name}: task {self.task} asks by positive prompts, and {label.name} of label set "
-                        f"{whole.name} has none: give it prompts of its own, or leave it out with labels:"
+                        f"protocol {self.name}: task {self.task} asks by positive prompts, and {label.name} of "
+                        f"label set {whole.name} has none: give it prompts of its own, or leave it out with labels:"
                     )
         name = f"{whole.name} by {self.name}"
         try:

@@ -11,12 +11,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    f1_score,
+    matthews_corrcoef,
+    precision_recall_fscore_support,
+)
 
 from medclip_lab.config import load_config, shipped
 from medclip_lab.data.manifest import Manifest
 from medclip_lab.errors import UserError
-from medclip_lab.evaluation.protocol_tasks import _one_of, class_scores, precision_at, run_protocol, summary
+from medclip_lab.evaluation.protocol_tasks import class_scores, one_of, precision_at, run_protocol, summary
 from medclip_lab.evaluation.protocols import ProtocolConfig, Sampling, labels_of, load_protocol, select
 from medclip_lab.inference.encoder import Encoder, load
 
@@ -155,7 +161,7 @@ def test_a_class_needs_prompts(nothing_else: Path) -> None:
 
 def test_part_of_a_label_set_is_one_too(nothing_else: Path, tmp_path: Path) -> None:
     part = protocol(task="multi_label", sampling=None, labelset=str(nothing_else), labels=["Edema", "No Finding"])
-    with pytest.raises(UserError, match="protocol mine: label set .* none_of of No Finding names 'Cardiomegaly'"):
+    with pytest.raises(UserError, match=r"protocol mine: label set .* none_of of No Finding names 'Cardiomegaly'"):
         part.label_set()
     with pytest.raises(UserError, match="a name stands twice"):
         protocol(sampling=None, labels=["Edema", "Edema"]).label_set()
@@ -167,14 +173,32 @@ def test_part_of_a_label_set_is_one_too(nothing_else: Path, tmp_path: Path) -> N
 def test_one_of_several_is_scikit_learns() -> None:
     rng = np.random.default_rng(0)
     scores, truth, names = rng.normal(size=(60, 3)), rng.integers(0, 3, 60), ["a", "b", "c"]
-    told = _one_of(scores, truth, names, np.ones((10, 60)))
+    told = one_of(scores, truth, names, np.ones((10, 60)))
     said = scores.argmax(1)
-    assert told["accuracy"] == told["low"] == told["high"] == pytest.approx(accuracy_score(truth, said), abs=1e-12)
-    assert told["macro_f1"] == pytest.approx(f1_score(truth, said, average="macro"), abs=1e-12)
+    accuracy = pytest.approx(accuracy_score(truth, said), abs=1e-12)
+    assert told["accuracy"] == {"value": accuracy, "low": accuracy, "high": accuracy}
+    assert told["macro_f1"]["value"] == pytest.approx(f1_score(truth, said, average="macro"), abs=1e-12)
+    assert told["mcc"]["value"] == pytest.approx(matthews_corrcoef(truth, said), abs=1e-12)
+    each = precision_recall_fscore_support(truth, said)
+    found = [[row[key] for row in told["classes"]] for key in ("precision", "recall", "f1", "studies")]
+    np.testing.assert_allclose(found, each, atol=1e-12)
     assert told["confusion"]["counts"] == confusion_matrix(truth, said).tolist()
-    empty = _one_of(scores, np.zeros(60, int), names, np.ones((10, 60)))
-    assert [row["reason"] for row in empty["classes"][1:]] == ["no study of this class"] * 2
-    assert "NaN" not in json.dumps(empty)
+
+
+def test_a_class_that_is_said_and_not_there_costs_macro_f1() -> None:
+    truth, said = np.array([0, 0, 1]), np.array([0, 2, 1])
+    told = one_of(np.eye(3)[said], truth, ["a", "b", "c"], np.ones((10, 3)))
+    assert told["macro_f1"]["value"] == pytest.approx(f1_score(truth, said, average="macro"), abs=1e-12)
+    assert told["classes"][2] == {
+        "name": "c",
+        "studies": 0,
+        "recall": None,
+        "precision": 0.0,
+        "f1": 0.0,
+        "reason": "no study of this class",
+    }
+    assert told["chance"] == pytest.approx(2 / 3)
+    assert "NaN" not in json.dumps(told)
 
 
 def test_precision_at_k_with_ties_is_the_mean_over_all_orders() -> None:
