@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medclip_lab.config import load_config, shipped
+from medclip_lab.data.findings import ABSENT
+from medclip_lab.data.sources.vindr_cxr import state_of_votes
 from medclip_lab.errors import UserError
 from medclip_lab.files import digest
 from medclip_lab.inference.labelset import LabelPrompts, LabelSet, load_labelset, means_nothing
 
 Task = Literal["multi_label", "exclusive", "class_retrieval", "report_retrieval"]
 Record = Mapping[str, Any]
+VOTES = "votes"
+"""The field in which a record counts who saw a finding."""
 
 
 @dataclass
@@ -52,7 +56,8 @@ class ProtocolConfig:
     labels: list[str] = field(default_factory=list)
     """Those of the label set that are scored; empty takes all."""
     labels_from: str = "labels"
-    """The record's field that tells them: names to states, or a list of the names that are present."""
+    """The record's field that tells them: names to states, a list of the names that are present, or "votes": names to
+    how many of the "readers" saw it. A list, and votes, deny what they do not name."""
     positive_template: str = ""
     """Makes the prompts of "{}", the name in lower case, in place of those of the label set."""
     negative_template: str = ""
@@ -142,8 +147,11 @@ class Selection:
 
 
 def states_of(record: Record, column: str) -> dict[str, int | None]:
-    """The labels of a record in a field of it, as it spells them."""
+    """The labels of a record in a field of it, as it spells them; votes become what most of the "readers" say."""
     value = record.get(column)
+    if column == VOTES and isinstance(value, dict):
+        readers = int(record.get("readers") or 1)
+        return {name: state_of_votes(count, readers) for name, count in value.items()}
     if isinstance(value, list):
         return dict.fromkeys((str(name) for name in value), 1)
     return dict(value) if isinstance(value, dict) else {}
@@ -155,9 +163,10 @@ def same_name(name: str) -> str:
 
 
 def labels_of(record: Record, column: str, names: Sequence[str]) -> dict[str, int | None]:
-    """Label name to state, in the spelling of the label set; a list of what is present denies everything else."""
+    """Label name to state, in the spelling of the label set; a list of what is present, or votes, deny everything else."""
     stated = {same_name(name): state for name, state in states_of(record, column).items()}
-    silent = 0 if isinstance(record.get(column), list) else None
+    value = record.get(column)
+    silent = ABSENT if isinstance(value, list) or (column == VOTES and isinstance(value, dict)) else None
     return {name: stated.get(same_name(name), silent) for name in names}
 
 

@@ -109,7 +109,12 @@ def test_labels_of_lists_and_of_votes() -> None:
     record = {"finding_labels": ["Pleural_Thickening", "Effusion"], "votes": {"COPD": 1, "Edema": 0}}
     names = ["Pleural Thickening", "Mass"]
     assert labels_of(record, "finding_labels", names) == {"Pleural Thickening": 1, "Mass": 0}
-    assert labels_of(record, "votes", ["copd", "Edema", "Mass"]) == {"copd": 1, "Edema": 0, "Mass": None}
+    assert labels_of(record, "votes", ["copd", "Edema", "Mass"]) == {"copd": 1, "Edema": 0, "Mass": 0}
+    assert labels_of({"votes": {}}, "votes", ["Mass"]) == {"Mass": 0}, "who saw nothing at all denies it"
+    assert labels_of({"votes": {"Other lesion": 1}}, "votes", ["Mass"]) == {"Mass": 0}, "a vote outside the set"
+    assert labels_of({"labels": {"Edema": 1}}, "votes", ["Edema"]) == {"Edema": None}, "no votes were counted"
+    several = {"readers": 3, "votes": {"Edema": 2, "Mass": 1, "COPD": 3}}
+    assert labels_of(several, "votes", ["Edema", "Mass", "COPD"]) == {"Edema": 1, "Mass": -1, "COPD": 1}
 
 
 def test_no_finding_is_not_negated() -> None:
