@@ -24,7 +24,6 @@ from medclip_lab.data.reader import Study, read_split
 from medclip_lab.errors import UserError
 from medclip_lab.inference.encoder import Encoder
 from medclip_lab.inference.explain import Explanation, Method, explain
-from medclip_lab.inference.labelset import load_labelset
 
 FOCAL = ("Lung Lesion", "Lung Opacity", "Consolidation", "Pneumonia")
 """Findings of one place in the lungs, of the observations that phantoms draw."""
@@ -82,7 +81,7 @@ def localisation(
     Raises:
         UserError: no such label, or no study with a region.
     """
-    prompts = {label.name: label for label in load_labelset(labelset).labels}
+    prompts = {label.name: label for label in encoder.labelset(labelset).labels}
     if unknown := [name for name in labels if name not in prompts]:
         raise UserError(f"localisation: label set {labelset} has no {unknown[0]!r}: {', '.join(prompts)}")
     manifest = Manifest.load(shards)

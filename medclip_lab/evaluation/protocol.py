@@ -13,6 +13,7 @@ from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.evaluation.held_out import HeldOut, ImageChange, blur, encode_split, label_truth, shuffle_labels
 from medclip_lab.evaluation.metrics import patient_weights
 from medclip_lab.evaluation.retrieval import overlap_retrieval, retrieval
+from medclip_lab.evaluation.scored import lines_of_classes
 from medclip_lab.evaluation.zero_shot import Embedded, Scoring, zero_shot
 from medclip_lab.files import digest
 from medclip_lab.inference.bundle import versions
@@ -178,8 +179,7 @@ def summary(results: dict[str, Any]) -> str:
     if shot["calibration"] is None:
         lines.append("  no threshold, no probability: the bundle is not calibrated for these scores")
     if "exclusive" in shot:
-        told = {name: shot["exclusive"][name] for name in ("accuracy", "balanced_accuracy", "macro_f1", "mcc")}
-        lines += [f"  {name:<28} {v['value']:.3f}  {v['low']:.3f}-{v['high']:.3f}" for name, v in told.items()]
+        lines += lines_of_classes(shot["exclusive"])
     for name, test in shot.get("comparison", {}).get("macro", {}).items():
         lines.append(
             f"  {name + ' less that of ' + shot['comparison']['with'][:12]:<40} {test['difference']:+.3f}  "

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from medclip_lab.errors import UserError
 from medclip_lab.evaluation.gather import Gathered, Labelled, gather, read_records
-from medclip_lab.evaluation.metrics import Floats, interval, patient_weights
+from medclip_lab.evaluation.metrics import Floats, patient_weights
 from medclip_lab.evaluation.protocol import paired_retrieval
 from medclip_lab.evaluation.protocols import ProtocolConfig, Selection, labels_of, load_protocol, select
+from medclip_lab.evaluation.scored import lines_of_classes, measure_classes
 from medclip_lab.evaluation.table import auroc_table, lines_of
 from medclip_lab.inference.classifier import ScoreType
 from medclip_lab.inference.encoder import Encoder
@@ -136,38 +137,27 @@ def _exclusive(
     return {
         "score": rule,
         "ties": "the first class of the label set",
-        "exclusive": _one_of(scores, truth, names, weights),
+        "exclusive": one_of(scores, truth, names, weights),
     }
 
 
-def _one_of(scores: Floats, truth: NDArray[np.intp], names: list[str], weights: Floats) -> dict[str, Any]:
-    """Accuracy with its interval, and precision, recall and F1 of each class; chance is that of the largest class."""
-    said = scores.argmax(1)
-    matrix = np.zeros((len(names), len(names)), dtype=int)
-    np.add.at(matrix, (truth, said), 1)
+def one_of(scores: Floats, truth: NDArray[np.int64], names: list[str], weights: Floats) -> dict[str, Any]:
+    """`measure_classes`, precision, recall and F1 of each class, and the chance: that of the largest class."""
+    told = measure_classes(scores, truth, names, weights)
+    matrix = np.array(told["confusion"]["counts"])
     classes = []
     for number, name in enumerate(names):
-        hits, there, told = (int(n) for n in (matrix[number, number], matrix[number].sum(), matrix[:, number].sum()))
+        hits, there, said = (int(n) for n in (matrix[number, number], matrix[number].sum(), matrix[:, number].sum()))
         row: dict[str, Any] = {"name": name, "studies": there, "recall": None, "precision": None, "f1": None}
-        if there == 0:
-            row["reason"] = "no study of this class"
-        else:
-            row |= {"recall": hits / there, "f1": 2 * hits / (there + told)}
-            row |= {"precision": hits / told} if told else {"reason": "never said: no precision"}
+        row |= {"recall": hits / there} if there else {"reason": "no study of this class"}
+        if said:
+            row["precision"] = hits / said
+        elif there:
+            row["reason"] = "never said: no precision"
+        if there or said:
+            row["f1"] = 2 * hits / (there + said)
         classes.append(row)
-    right = (said == truth).astype(np.float64)
-    low, high = interval(weights @ right / weights.sum(1))
-    scored = [row for row in classes if row["f1"] is not None]
-    return {
-        "accuracy": float(right.mean()),
-        "low": low,
-        "high": high,
-        "chance": float(matrix.sum(1).max() / len(truth)),
-        "macro_f1": float(np.mean([row["f1"] for row in scored])),
-        "balanced_accuracy": float(np.mean([row["recall"] for row in scored])),
-        "classes": classes,
-        "confusion": {"rows": "truth", "columns": "said", "names": names, "counts": matrix.tolist()},
-    }
+    return told | {"chance": float(matrix.sum(1).max() / matrix.sum()), "classes": classes}
 
 
 def precision_at(scores: Floats, relevant: NDArray[np.bool_], ks: Sequence[int]) -> dict[int, float | None]:
@@ -233,9 +223,10 @@ def summary(result: dict[str, Any]) -> str:
     if "exclusive" in result:
         told = result["exclusive"]
         lines.append(
-            f"accuracy {told['accuracy']:.3f} ({told['low']:.3f}-{told['high']:.3f}), macro F1 {told['macro_f1']:.3f}, "
-            f"{result['score']}; always the largest class: {told['chance']:.3f}"
+            f"one class of {len(told['classes'])} ({result['score']}; always the largest class: {told['chance']:.3f}; "
+            "95 % interval, bootstrap by patient):"
         )
+        lines += lines_of_classes(told)
     for direction, told in result.get("class_retrieval", {}).items():
         shown = "  ".join(f"P@{k} {'-' if v is None else format(v, '.3f')}" for k, v in told["precision"].items())
         lines.append(

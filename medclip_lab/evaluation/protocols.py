@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medclip_lab.config import load_config, shipped
-from medclip_lab.data.findings import NO_FINDING
+from medclip_lab.data.findings import ABSENT
+from medclip_lab.data.sources.vindr_cxr import state_of_votes
 from medclip_lab.errors import UserError
 from medclip_lab.files import digest
-from medclip_lab.inference.labelset import LabelPrompts, LabelSet, load_labelset
+from medclip_lab.inference.labelset import LabelPrompts, LabelSet, load_labelset, means_nothing
 
 Task = Literal["multi_label", "exclusive", "class_retrieval", "report_retrieval"]
 Record = Mapping[str, Any]
+VOTES = "votes"
+"""The field in which a record counts who saw a finding."""
 
 
 @dataclass
@@ -53,7 +56,8 @@ class ProtocolConfig:
     labels: list[str] = field(default_factory=list)
     """Those of the label set that are scored; empty takes all."""
     labels_from: str = "labels"
-    """The record's field that tells them: names to states, or a list of the names that are present."""
+    """The record's field that tells them: names to states, a list of the names that are present, or "votes": names to
+    how many of the "readers" saw it. A list, and votes, deny what they do not name."""
     positive_template: str = ""
     """Makes the prompts of "{}", the name in lower case, in place of those of the label set."""
     negative_template: str = ""
@@ -80,7 +84,7 @@ class ProtocolConfig:
         """The label set that is scored, with the protocol's own templates where it has some.
 
         Raises:
-            UserError: a label that the set does not have.
+            UserError: a label that the set does not have, or one that the task cannot ask for.
         """
         whole = load_labelset(self.labelset)
         by_name = {label.name: label for label in whole.labels}
@@ -91,10 +95,21 @@ class ProtocolConfig:
         labels = [by_name[name] for name in wanted]
         if self.positive_template:
             labels = [self._from_templates(label) for label in labels]
-        return LabelSet(name=f"{whole.name} by {self.name}", labels=labels, description=self.description)
+        if self.task in ("exclusive", "class_retrieval"):
+            for label in labels:
+                if not label.positive:
+                    raise UserError(
+                        f"protocol {self.name}: task {self.task} asks by positive prompts, and {label.name} of "
+                        f"label set {whole.name} has none: give it prompts of its own, or leave it out with labels:"
+                    )
+        name = f"{whole.name} by {self.name}"
+        try:
+            return LabelSet(name, labels, self.description, exclusive=whole.exclusive)
+        except ValueError as error:
+            raise UserError(f"protocol {self.name}: {error}") from None
 
     def _from_templates(self, label: LabelPrompts) -> LabelPrompts:
-        if label.name == NO_FINDING:
+        if means_nothing(label.name):
             return label  # "no no finding" asks the opposite of what it says
         name = label.name.lower()
         return LabelPrompts(label.name, [self.positive_template.format(name)], [self.negative_template.format(name)])
@@ -132,8 +147,11 @@ class Selection:
 
 
 def states_of(record: Record, column: str) -> dict[str, int | None]:
-    """The labels of a record in a field of it, as it spells them."""
+    """The labels of a record in a field of it, as it spells them; votes become what most of the "readers" say."""
     value = record.get(column)
+    if column == VOTES and isinstance(value, dict):
+        readers = int(record.get("readers") or 1)
+        return {name: state_of_votes(count, readers) for name, count in value.items()}
     if isinstance(value, list):
         return dict.fromkeys((str(name) for name in value), 1)
     return dict(value) if isinstance(value, dict) else {}
@@ -145,9 +163,10 @@ def same_name(name: str) -> str:
 
 
 def labels_of(record: Record, column: str, names: Sequence[str]) -> dict[str, int | None]:
-    """Label name to state, in the spelling of the label set; a list of what is present denies everything else."""
+    """Label name to state, in the spelling of the label set; a list of what is present, or votes, deny everything else."""
     stated = {same_name(name): state for name, state in states_of(record, column).items()}
-    silent = 0 if isinstance(record.get(column), list) else None
+    value = record.get(column)
+    silent = ABSENT if isinstance(value, list) or (column == VOTES and isinstance(value, dict)) else None
     return {name: stated.get(same_name(name), silent) for name in names}
 
 

@@ -19,7 +19,6 @@ from medclip_lab.evaluation.page import NARROW, WIDE, Chart, resource, script_ha
 from medclip_lab.evaluation.suite import Evaluated
 from medclip_lab.files import atomic_file
 from medclip_lab.inference.encoder import Encoder
-from medclip_lab.inference.labelset import load_labelset
 from medclip_lab.version import __version__
 
 CURVE = 250  # px: a curve of each label, several in a row
@@ -67,7 +66,7 @@ def render(
     """
     results, data = evaluated.results, evaluated.data
     script = resource("page.js")
-    prompts = load_labelset(labelset)
+    prompts = encoder.labelset(labelset)
     page = (
         templates()
         .get_template("report.html.j2")

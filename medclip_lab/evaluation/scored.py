@@ -26,6 +26,8 @@ AT = 0.9
 RANKING = ("auroc", "auprc", f"sensitivity_at_specificity_{AT}", f"specificity_at_sensitivity_{AT}")
 DECIDING = ("accuracy", "sensitivity", "specificity", "f1", "mcc", "brier", "ece")
 """They need a threshold or a probability, which only a calibration on other patients gives."""
+CLASSES = ("accuracy", "balanced_accuracy", "macro_f1", "mcc")
+"""Of the decision between the labels of an exclusive set."""
 NO_THRESHOLD = "not calibrated: no threshold, no probability"
 
 
@@ -149,12 +151,8 @@ def measure_classes(scores: Floats, truth: NDArray[np.int64], names: Sequence[st
 
     def metrics(block: Floats) -> dict[str, Floats]:
         cells = Classes.of(decided, truth[used], classes, block)
-        return {
-            "accuracy": cells.accuracy(),
-            "balanced_accuracy": cells.balanced_accuracy(),
-            "macro_f1": cells.macro_f1(),
-            "mcc": cells.mcc(),
-        }
+        values = (cells.accuracy(), cells.balanced_accuracy(), cells.macro_f1(), cells.mcc())
+        return dict(zip(CLASSES, values, strict=True))
 
     point, draws = metrics(np.ones((int(used.sum()), 1))), sample(metrics, weights, used)
     return {
@@ -168,6 +166,12 @@ def measure_classes(scores: Floats, truth: NDArray[np.int64], names: Sequence[st
             "counts": Classes.of(decided, truth[used], classes).counts[:, :, 0].astype(int).tolist(),
         },
     }
+
+
+def lines_of_classes(told: dict[str, Any]) -> list[str]:
+    """What `measure_classes` found, as lines for people."""
+    found = {name: told[name] for name in CLASSES}
+    return [f"  {name:<28} {v['value']:.3f}  {v['low']:.3f}-{v['high']:.3f}" for name, v in found.items()]
 
 
 def compare_models(one: Measured, other: Measured, names: Sequence[str]) -> dict[str, Any]:

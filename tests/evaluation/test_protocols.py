@@ -11,12 +11,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    f1_score,
+    matthews_corrcoef,
+    precision_recall_fscore_support,
+)
 
 from medclip_lab.config import load_config, shipped
 from medclip_lab.data.manifest import Manifest
 from medclip_lab.errors import UserError
-from medclip_lab.evaluation.protocol_tasks import _one_of, class_scores, precision_at, run_protocol, summary
+from medclip_lab.evaluation.protocol_tasks import class_scores, one_of, precision_at, run_protocol, summary
 from medclip_lab.evaluation.protocols import ProtocolConfig, Sampling, labels_of, load_protocol, select
 from medclip_lab.inference.encoder import Encoder, load
 
@@ -103,7 +109,12 @@ def test_labels_of_lists_and_of_votes() -> None:
     record = {"finding_labels": ["Pleural_Thickening", "Effusion"], "votes": {"COPD": 1, "Edema": 0}}
     names = ["Pleural Thickening", "Mass"]
     assert labels_of(record, "finding_labels", names) == {"Pleural Thickening": 1, "Mass": 0}
-    assert labels_of(record, "votes", ["copd", "Edema", "Mass"]) == {"copd": 1, "Edema": 0, "Mass": None}
+    assert labels_of(record, "votes", ["copd", "Edema", "Mass"]) == {"copd": 1, "Edema": 0, "Mass": 0}
+    assert labels_of({"votes": {}}, "votes", ["Mass"]) == {"Mass": 0}, "who saw nothing at all denies it"
+    assert labels_of({"votes": {"Other lesion": 1}}, "votes", ["Mass"]) == {"Mass": 0}, "a vote outside the set"
+    assert labels_of({"labels": {"Edema": 1}}, "votes", ["Edema"]) == {"Edema": None}, "no votes were counted"
+    several = {"readers": 3, "votes": {"Edema": 2, "Mass": 1, "COPD": 3}}
+    assert labels_of(several, "votes", ["Edema", "Mass", "COPD"]) == {"Edema": 1, "Mass": -1, "COPD": 1}
 
 
 def test_no_finding_is_not_negated() -> None:
@@ -130,17 +141,69 @@ def test_names_and_keys_that_do_not_exist(tmp_path: Path) -> None:
         protocol(sampling=None, labels=["Flu"]).label_set()
 
 
+@pytest.fixture
+def nothing_else(tmp_path: Path) -> Path:
+    """A label set with a label that has no prompts."""
+    path = tmp_path / "nothing_else.yaml"
+    path.write_text(
+        "name: nothing_else\nlabels:\n"
+        "  - {name: Cardiomegaly, positive: [The heart is enlarged.], negative: [Heart size is normal.]}\n"
+        "  - {name: Edema, positive: [Edema.], negative: [No edema.]}\n"
+        "  - {name: No Finding, none_of: [Cardiomegaly, Edema]}\n"
+    )
+    return path
+
+
+def test_a_class_needs_prompts(nothing_else: Path) -> None:
+    """Its score would be NaN, which is the greatest of all for argmax."""
+    with pytest.raises(UserError, match="asks by positive prompts, and No Finding of label set nothing_else has none"):
+        protocol(sampling=None, labelset=str(nothing_else)).label_set()
+    drawn = Sampling(labels=["No Finding"], per_label=1)
+    with pytest.raises(UserError, match="task class_retrieval asks by positive prompts"):
+        protocol(task="class_retrieval", labelset=str(nothing_else), sampling=drawn).label_set()
+    assert protocol(task="multi_label", sampling=None, labelset=str(nothing_else)).label_set().labels[2].none_of
+
+
+def test_part_of_a_label_set_is_one_too(nothing_else: Path, tmp_path: Path) -> None:
+    part = protocol(task="multi_label", sampling=None, labelset=str(nothing_else), labels=["Edema", "No Finding"])
+    with pytest.raises(UserError, match=r"protocol mine: label set .* none_of of No Finding names 'Cardiomegaly'"):
+        part.label_set()
+    with pytest.raises(UserError, match="a name stands twice"):
+        protocol(sampling=None, labels=["Edema", "Edema"]).label_set()
+    path = tmp_path / "size.yaml"
+    path.write_text("name: size\nexclusive: true\nlabels:\n  - {name: Edema, positive: [Edema.]}\n")
+    assert protocol(sampling=None, labelset=str(path)).label_set().exclusive, "without negative prompts"
+
+
 def test_one_of_several_is_scikit_learns() -> None:
     rng = np.random.default_rng(0)
     scores, truth, names = rng.normal(size=(60, 3)), rng.integers(0, 3, 60), ["a", "b", "c"]
-    told = _one_of(scores, truth, names, np.ones((10, 60)))
+    told = one_of(scores, truth, names, np.ones((10, 60)))
     said = scores.argmax(1)
-    assert told["accuracy"] == told["low"] == told["high"] == pytest.approx(accuracy_score(truth, said), abs=1e-12)
-    assert told["macro_f1"] == pytest.approx(f1_score(truth, said, average="macro"), abs=1e-12)
+    accuracy = pytest.approx(accuracy_score(truth, said), abs=1e-12)
+    assert told["accuracy"] == {"value": accuracy, "low": accuracy, "high": accuracy}
+    assert told["macro_f1"]["value"] == pytest.approx(f1_score(truth, said, average="macro"), abs=1e-12)
+    assert told["mcc"]["value"] == pytest.approx(matthews_corrcoef(truth, said), abs=1e-12)
+    each = precision_recall_fscore_support(truth, said)
+    found = [[row[key] for row in told["classes"]] for key in ("precision", "recall", "f1", "studies")]
+    np.testing.assert_allclose(found, each, atol=1e-12)
     assert told["confusion"]["counts"] == confusion_matrix(truth, said).tolist()
-    empty = _one_of(scores, np.zeros(60, int), names, np.ones((10, 60)))
-    assert [row["reason"] for row in empty["classes"][1:]] == ["no study of this class"] * 2
-    assert "NaN" not in json.dumps(empty)
+
+
+def test_a_class_that_is_said_and_not_there_costs_macro_f1() -> None:
+    truth, said = np.array([0, 0, 1]), np.array([0, 2, 1])
+    told = one_of(np.eye(3)[said], truth, ["a", "b", "c"], np.ones((10, 3)))
+    assert told["macro_f1"]["value"] == pytest.approx(f1_score(truth, said, average="macro"), abs=1e-12)
+    assert told["classes"][2] == {
+        "name": "c",
+        "studies": 0,
+        "recall": None,
+        "precision": 0.0,
+        "f1": 0.0,
+        "reason": "no study of this class",
+    }
+    assert told["chance"] == pytest.approx(2 / 3)
+    assert "NaN" not in json.dumps(told)
 
 
 def test_precision_at_k_with_ties_is_the_mean_over_all_orders() -> None:

@@ -18,11 +18,13 @@ from medclip_lab.data.manifest import Manifest
 from medclip_lab.errors import UserError
 from medclip_lab.evaluation import charts
 from medclip_lab.evaluation.curves import confusion_of_one, precision_recall_points, roc_points
+from medclip_lab.evaluation.localisation import localisation
 from medclip_lab.evaluation.metrics import auroc
 from medclip_lab.evaluation.report_page import render, write_page
 from medclip_lab.evaluation.suite import Evaluated, Extras, run, summary
 from medclip_lab.evaluation.zero_shot import Scoring
 from medclip_lab.inference.encoder import Encoder, load
+from medclip_lab.training.export import export
 
 
 def random_case(seed: int = 0, ties: bool = True) -> tuple[Any, Any]:
@@ -157,6 +159,25 @@ def test_the_page_is_closed_and_asks_for_nothing(
     assert "Mild mediastinal widening." in html
     assert html.count("data:image/jpeg") == 9, "three of each kind for the one label that has both classes"
     assert not any(study in html for study in evaluated.found.held_out.study_ids)
+
+
+@pytest.fixture(scope="module")
+def carrying(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    """A bundle with a label set that is not shipped."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "hearts.yaml").write_text(
+        "name: hearts\nlabels:\n"
+        "  - {name: Cardiomegaly, positive: [A large heart indeed.], negative: [Heart size is normal.]}\n"
+    )
+    export(toy_run, folder / "bundle", [str(folder / "hearts.yaml")], "pytest")
+    return load(folder / "bundle", device="cpu")
+
+
+def test_the_page_of_a_label_set_that_only_the_bundle_has(carrying: Encoder, toy_shards: Manifest) -> None:
+    html = render(carrying, run(carrying, toy_shards.folder, "test", "hearts", Extras(), draws=5), "hearts", "")
+    assert "A large heart indeed." in html
+    with pytest.raises(UserError, match="label set hearts has no 'Edema': Cardiomegaly"):
+        localisation(carrying, toy_shards.folder, labels=["Edema"], labelset="hearts")
 
 
 def test_without_images_there_are_none_and_a_calibrated_model_has_reliability(

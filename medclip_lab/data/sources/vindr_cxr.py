@@ -80,7 +80,7 @@ class VindrCxr:
     def read(self, record: Record, note: Note) -> Sample:
         image: _Image = record.content
         found = read_images([find_image([self.folder.expanduser()], image.name)], note)
-        states = {name: _state(image.votes[name], image.readers) for name in (*CHEXPERT_OF, *OWN, _OTHER)}
+        states = {name: state_of_votes(image.votes[name], image.readers) for name in (*CHEXPERT_OF, *OWN, _OTHER)}
         by_state = {state: [name for name in states if states[name] == state] for state in (PRESENT, UNCERTAIN)}
         own: dict[str, int | None] = {name: states[name] for name in (*OWN, _OTHER)}
         return Sample(
@@ -96,7 +96,8 @@ class VindrCxr:
         )
 
 
-def _state(votes: int, readers: int) -> int:
+def state_of_votes(votes: int, readers: int) -> int:
+    """What radiologists say together: present if most of them do, uncertain if some."""
     return PRESENT if 2 * votes > readers else UNCERTAIN if votes else ABSENT
 
 
