@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from medclip_lab import __version__
-from medclip_lab.cli import data, measure, model, retrieval, shards
+from medclip_lab.cli import data, measure, model, retrieval, serve, shards
 from medclip_lab.errors import UserError
 
 
@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     retrieval.add_index(verbs)
     retrieval.add_search(verbs)
     model.add_classify(verbs)
+    serve.add_serve(verbs)
     measure.add_bench(verbs)
     measure.add_doctor(verbs)
     return parser
