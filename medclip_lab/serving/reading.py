@@ -136,7 +136,8 @@ async def _form(request: Request) -> tuple[dict[str, Any], list[bytes]]:
         raise Problem(
             400,
             "multipart",
-            f"the multipart body is broken, or has more than {house.settings.max_images} files or {MAX_OPTIONS} fields",
+            "the multipart body is broken or has no boundary, or it has more than "
+            f"{house.settings.max_images} files or {MAX_OPTIONS} fields",
         ) from None
     except (KeyError, ValueError, AssertionError):  # no boundary, a charset nobody knows
         raise Problem(400, "multipart", "the multipart body is broken: send it with a boundary, in UTF-8") from None

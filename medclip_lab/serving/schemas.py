@@ -10,7 +10,7 @@ Template = Annotated[str, StringConstraints(min_length=2, max_length=500, patter
 Query = Annotated[str, StringConstraints(min_length=1, max_length=20_000, pattern=r"\S")]
 Frame = Annotated[int, Field(ge=0, le=100_000)]
 
-PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAEklEQVR4nGNsYMAOmBiGqAQAX7AAkNeoxn0AAAAASUVORK5CYII="
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAEElEQVR42mNsYIAAJgaKGAAmCACQtTEKkQAAAABJRU5ErkJggg=="
 """A grey square of 8 x 8 pixels, for examples that can be sent as they stand."""
 
 
