@@ -88,7 +88,13 @@ FLAGS = {
         "--size",
         "--samples",
         "--out",
+        "--bundle",
+        "--seconds",
     },
+    "serve": COMMON
+    | {"bundle", "--index", "--labelset", "--host", "--port", "--workers", "--keys", "--new-key", "--local-scopes"}
+    | {"--audit", "--dicomweb", "--max-body-mib", "--max-pixels", "--max-images", "--max-waiting", "--deadline"}
+    | {"--max-batch", "--max-delay-ms", "--decode-threads", "--device", "--precision", "--compile"},
     "doctor": COMMON,
 }
 

@@ -19,10 +19,11 @@ def add_bench(verbs: Verbs) -> None:
     )
     parser.add_argument(
         "what",
-        choices=["losses", "data", "resume", "train", "scale"],
+        choices=["losses", "data", "resume", "train", "scale", "serve"],
         help="losses: forward and backward beside open_clip's; data: training batches a second beside open_clip's; "
         "resume: going on in the middle of an epoch; train: samples a second beside a bare loop and open_clip's "
-        "trainer; scale: a model of a step fitted here and taken to many GPUs",
+        "trainer; scale: a model of a step fitted here and taken to many GPUs; serve: the service under load beside "
+        "FastAPI and LitServe",
     )
     parser.add_argument(
         "--batch", type=int, default=None, help="rows of features (default: 8192; on a GPU several); data: samples (64)"
@@ -42,6 +43,9 @@ def add_bench(verbs: Verbs) -> None:
     data.add_argument(
         "--samples", type=int, default=None, help="of each set, at most (default: 512); resume: in all (1,000,000)"
     )
+    serve = parser.add_argument_group("serve")
+    serve.add_argument("--bundle", type=Path, default=None, help="to serve (default: a small one of random weights)")
+    serve.add_argument("--seconds", type=float, default=10.0, help="of each load (default: 10)")
 
 
 def _run_bench(args: argparse.Namespace) -> None:
@@ -53,6 +57,8 @@ def _run_bench(args: argparse.Namespace) -> None:
         _bench_train(args)
     elif args.what == "scale":
         _bench_scale(args)
+    elif args.what == "serve":
+        _bench_serve(args)
     elif args.device == "cuda":
         _bench_on_gpu(args)
     else:
@@ -102,6 +108,12 @@ def _bench_train(args: argparse.Namespace) -> None:
     shards = args.shards[0] if args.shards else None
     samples = 512 if args.samples is None else args.samples
     _keep(args, bench_train(args.only or (), shards, samples, args.repeats or 3, _tell), table)
+
+
+def _bench_serve(args: argparse.Namespace) -> None:
+    from medclip_lab.bench.serve import bench_serve, table
+
+    _keep(args, bench_serve(args.bundle, args.only or (), args.seconds, args.repeats or 3, _tell), table)
 
 
 def _bench_scale(args: argparse.Namespace) -> None:

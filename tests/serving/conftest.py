@@ -18,6 +18,7 @@ from starlette.testclient import TestClient
 
 from medclip_lab.data.manifest import Manifest
 from medclip_lab.serving import Settings, create_app
+from tests.conftest import TOY_CONFIG
 
 Serve = Callable[..., TestClient]
 
@@ -42,6 +43,21 @@ def problem(response: Any, status: int, kind: str) -> str:
     assert body["request_id"] == response.headers["x-request-id"]
     assert set(body) == {"type", "title", "status", "detail", "request_id"}
     return str(body["detail"])
+
+
+@pytest.fixture(scope="session")
+def toy_bundle(toy_shards: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As the other tests have it, but hardly trained, and with a text tower that reads whole prompts."""
+    from medclip_lab.config import load_config
+    from medclip_lab.training.export import export
+    from medclip_lab.training.run import RunConfig, train
+
+    folder = tmp_path_factory.mktemp("served")
+    text = TOY_CONFIG.replace("SHARDS", str(toy_shards.folder)).replace("context_length: 24", "context_length: 64")
+    (folder / "toy.yaml").write_text(text)
+    run = train(load_config(RunConfig, folder / "toy.yaml", [f"--out={folder / 'run'}", "--trainer.steps=3"]))
+    export(run, folder / "bundle", ["chexpert14"], "pytest")
+    return folder / "bundle"
 
 
 @pytest.fixture(scope="session")
