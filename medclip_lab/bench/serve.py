@@ -158,10 +158,13 @@ def started(side: str, bundle: Path, options: Sequence[str] = ()) -> Iterator[st
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     batching = [str(MAX_BATCH), str(MAX_DELAY)]
-    command = [sys.executable, "-m", "medclip_lab.bench.serve_peers", side, str(bundle), port, *batching]
-    if side == "medclip-lab":
-        limits = ["--max-batch", str(MAX_BATCH), "--max-delay-ms", str(1000 * MAX_DELAY)]
-        command = [sys.executable, "-m", "medclip_lab", "serve", str(bundle), "--port", port, *limits, *options]
+    limits = ["--max-batch", batching[0], "--max-delay-ms", str(1000 * MAX_DELAY)]
+    ways = {
+        "medclip-lab": ["medclip_lab", "serve", str(bundle), "--port", port, *limits, *options],
+        "fastapi": ["medclip_lab.bench.serve_peers", str(bundle), port],
+        "litserve": ["medclip_lab.bench.serve_litserve", str(bundle), port, *batching],
+    }
+    command = [sys.executable, "-m", *ways[side]]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)  # noqa: S603 - ours
         try:

@@ -1,7 +1,7 @@
-"""The same classifier behind plain FastAPI, without batches, and behind LitServe, with them: to stand beside ours.
+"""The same classifier with nothing around it, and behind plain FastAPI without batches: to stand beside ours.
 
-Run as `python -m medclip_lab.bench.serve_peers fastapi|litserve BUNDLE PORT MAX_BATCH MAX_DELAY`; both take
-{"data": base64} and decode, resize and score as our service does.
+Run as `python -m medclip_lab.bench.serve_peers BUNDLE PORT`; it takes {"data": base64} and decodes, resizes and scores
+as our service does.
 """
 
 import base64
@@ -53,37 +53,5 @@ def serve_fastapi(bundle: Path, port: int) -> None:
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", access_log=False)
 
 
-def serve_litserve(bundle: Path, port: int, max_batch: int, max_delay: float) -> None:
-    """As LitServe's documentation has it: one worker, its batching on."""
-    import litserve
-
-    class Api(litserve.LitAPI):  # type: ignore[misc]
-        def setup(self, device: str) -> None:  # noqa: ARG002 - named by LitServe
-            self.bare = Bare(bundle)
-
-        def decode_request(self, request: dict[str, Any]) -> Any:
-            return self.bare.pixels(request["data"])
-
-        def batch(self, inputs: list[Any]) -> list[Any]:
-            return inputs
-
-        def predict(self, x: list[Any]) -> list[dict[str, float]]:
-            return self.bare.scores(x)
-
-        def unbatch(self, output: list[dict[str, float]]) -> list[dict[str, float]]:
-            return output
-
-        def encode_response(self, output: dict[str, float]) -> dict[str, float]:
-            return output
-
-    api = Api(max_batch_size=max_batch, batch_timeout=max_delay, api_path="/classify")
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=60)
-    server.run(host="127.0.0.1", port=port, num_api_servers=1, log_level="warning", generate_client_file=False)
-
-
 if __name__ == "__main__":
-    _, side, folder, number, batch, delay = sys.argv
-    if side == "fastapi":
-        serve_fastapi(Path(folder), int(number))
-    else:
-        serve_litserve(Path(folder), int(number), int(batch), float(delay))
+    serve_fastapi(Path(sys.argv[1]), int(sys.argv[2]))

@@ -2,6 +2,8 @@
 
 import base64
 import io
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
 from PIL import Image
 
 pytest.importorskip("fastapi")
@@ -99,3 +102,21 @@ def serve(toy_settings: Settings) -> Iterator[Serve]:
     yield start
     for client in running:
         client.__exit__(None, None, None)
+
+
+class Serving:
+    """A service on a port of its own."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_config=None))
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+
+    def __enter__(self) -> str:
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        return f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
+
+    def __exit__(self, *_: object) -> None:
+        self.server.should_exit = True
+        self.thread.join()

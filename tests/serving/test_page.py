@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +13,10 @@ import pytest
 
 pytest.importorskip("fastapi")
 playwright = pytest.importorskip("playwright.sync_api")
-uvicorn = pytest.importorskip("uvicorn")
 
-from medclip_lab.serving import Settings, create_app, keys, model  # noqa: E402
+from medclip_lab.serving import Settings, keys, model  # noqa: E402
 
-from .conftest import png  # noqa: E402
+from .conftest import Serving, png  # noqa: E402
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -33,24 +30,6 @@ def explain(_encoder: Any, _image: Any, _positive: list[str], _negative: list[st
     relevance = np.zeros((32, 32), np.float32)
     relevance[:10, :10] = 1
     return SimpleNamespace(enlarged=lambda: relevance, similarity=0.5, method="patches")
-
-
-class Serving:
-    """A service on a port of its own."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_config=None))
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-
-    def __enter__(self) -> str:
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        return f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
-
-    def __exit__(self, *_: object) -> None:
-        self.server.should_exit = True
-        self.thread.join()
 
 
 @pytest.fixture(scope="module")
