@@ -66,6 +66,7 @@ class Archives:
             with self._opener.open(request, timeout=SECONDS) as answer:
                 data: bytes = answer.read(self._max_bytes + 1)
                 kind = str(answer.headers.get("Content-Type", ""))
+                whole = len(data) > self._max_bytes or not answer.length  # what is left of the announced length
         except (urllib.error.URLError, HTTPException, OSError) as error:
             status = f" (HTTP {error.code})" if isinstance(error, urllib.error.HTTPError) else ""
             raise Problem(
@@ -73,6 +74,8 @@ class Archives:
             ) from None
         if len(data) > self._max_bytes:
             raise Problem(413, "instance-too-large", f"an instance may have {self._max_bytes} bytes")
+        if not whole:
+            raise Problem(502, "archive-failed", "the archive stopped in the middle of the instance: try again")
         return first_part(data, kind)
 
 
