@@ -119,7 +119,8 @@ def ratios(runs: dict[str, list[dict[str, Any]]], bare: float, bounded: dict[str
     told["added_ms_at_1"] = round(statistics.median(run["clients"]["1"]["p50_ms"] for run in ours) - bare, 2)
     if bounded:
         load = bounded["clients"]["64"]
-        told["p99_over_p50_at_64_bounded"] = round(load["p99_ms"] / load["p50_ms"], 2)
+        tail = load["p99_ms"] / load["p50_ms"] if load["answered"] else None
+        told["p99_over_p50_at_64_bounded"] = None if tail is None else round(tail, 2)
         told["turned_away_at_64_bounded"] = load["statuses"].get("429", 0)
         told["unanswered_at_64_bounded"] = load["statuses"].get("0", 0)
     return told

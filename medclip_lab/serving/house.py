@@ -1,5 +1,6 @@
 """What all requests share: the model on its thread, the decoders' pool, the gate, caches, figures."""
 
+import asyncio
 import hashlib
 import threading
 import time
@@ -22,7 +23,7 @@ from medclip_lab.serving.logs import Audit
 from medclip_lab.serving.metrics import Metrics
 from medclip_lab.serving.model import Model
 from medclip_lab.serving.problems import Problem
-from medclip_lab.serving.scoring import Scorer
+from medclip_lab.serving.scoring import PerLabel, Scorer
 from medclip_lab.serving.settings import Scope, Settings
 
 V = TypeVar("V")
@@ -102,6 +103,7 @@ class House:
         self.metrics = Metrics(lambda: self.gate.inside, lambda: len(self.batcher))
         self.prompts: Lru[NDArray[np.float32]] = Lru(settings.cached_prompts)
         self.scorers: Lru[Scorer] = Lru(256)
+        self.making: dict[Hashable, asyncio.Task[Scorer]] = {}
         self.dim = self.model.dim
         self.batcher = self._new_batcher()
         self.pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="decode")
@@ -117,6 +119,9 @@ class House:
         size = self.model.preprocess.config.size
         for number in {1, 2, self.settings.max_batch}:
             self.model.encode_images([torch.zeros(1, size, size, dtype=torch.uint8)] * number)
+        for labelset in self.model.labelsets.values():
+            classifier = self.model.encoder.zero_shot_classifier(labelset)
+            self.scorers.put(("bundle", labelset.hash, True), PerLabel(classifier))
         self.batcher.start()
         self.ready = True
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,20 +108,33 @@ async def scorer_for(house: House, visit: Visit, labels: Labels) -> Scorer:
         if labels.candidate_labels is not None:
             house.metrics.prompts.labels("hit").inc(len(_prompts(labelset)))
         return found
+    # Many who ask for the same at once wait for one who makes it; it is made even if that one leaves.
+    making = house.making.get(key)
+    if making is None:
+        making = house.making[key] = asyncio.ensure_future(_make_scorer(house, visit, labels, labelset))
+        making.add_done_callback(lambda done: _made(house, key, done))
+    return await asyncio.shield(making)
+
+
+async def _make_scorer(house: House, visit: Visit, labels: Labels, labelset: LabelSet) -> Scorer:
+    encoder = house.model.encoder
     if labels.candidate_labels is None:
-        classifier = await call(house, visit, lambda: house.model.encoder.zero_shot_classifier(labelset))
+        classifier = await call(house, visit, lambda: encoder.zero_shot_classifier(labelset))
     else:
         features = await _prompt_features(house, visit, labelset)
-        encoder = house.model.encoder
         classifier = ZeroShotClassifier.from_prompts(
             labelset,
             lambda texts: np.stack([features[text] for text in texts]),
             encoder.logit_scale,
             encoder.logit_bias,
         )
-    scorer = PerLabel(classifier) if labels.multi_label else OneOfAll.of(classifier)
-    house.scorers.put(key, scorer)
-    return scorer
+    return PerLabel(classifier) if labels.multi_label else OneOfAll.of(classifier)
+
+
+def _made(house: House, key: Hashable, done: "asyncio.Task[Scorer]") -> None:
+    del house.making[key]
+    if not done.cancelled() and done.exception() is None:
+        house.scorers.put(key, done.result())
 
 
 def named_labelset(house: House, name: str | None) -> LabelSet:

@@ -227,6 +227,30 @@ def test_many_at_once_get_what_they_would_alone(client: TestClient) -> None:
     assert np.abs(np.concatenate(crowded) - np.concatenate(alone * 2)).max() < 1e-6
 
 
+def test_labels_that_many_ask_for_at_once_are_made_once(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    client = serve()
+    house, made = client.app.state.house, []  # type: ignore[attr-defined]
+    real = house.model.encode_texts
+    go = threading.Event()
+    monkeypatch.setattr(house.model, "encode_texts", lambda texts: (go.wait(20) and made.extend(texts)) or real(texts))
+    body = {"images": [{"data": encoded(png())}], "candidate_labels": ["a"], "templates": ["{}."]}
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(client.post, "/v1/classify", json=body) for _ in range(8)]
+        while house.gate.inside < 8:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        go.set()
+        assert {one.result().status_code for one in asked} == {200}
+    assert sorted(made) == sorted(set(made))
+    assert not house.making
+    refused = {"images": body["images"], "candidate_labels": ["a b " * 40]}
+    for _ in range(2):  # what cannot be made is not remembered
+        problem(client.post("/v1/classify", json=refused), 422, "label-too-long")
+    assert not house.making
+
+
 @contextmanager
 def held(client: TestClient) -> Iterator[threading.Event]:
     """A model that does nothing until the event is set."""
