@@ -100,6 +100,9 @@ def test_own_labels_are_those_prompts(client: TestClient, encoder: Encoder, tmp_
         found = classified(client, images=[{"data": encoded(path.read_bytes())}], **body)
         assert scores(found["results"][0]) == pytest.approx([v["score"] for v in expected.values()], abs=1e-6)
         assert found["labelset"] == {"name": "request", "hash": labelset.hash}
+    others = classified(client, images=[{"data": encoded(path.read_bytes())}], **body | {"templates": ["{} is there."]})
+    assert scores(others["results"][0])[0] != scores(found["results"][0])[0]
+    assert scores(others["results"][0])[1] == pytest.approx(scores(found["results"][0])[1], abs=1e-6)
 
 
 def test_one_of_all_is_softmax(client: TestClient, encoder: Encoder, tmp_path: Path) -> None:
