@@ -27,7 +27,7 @@ def run(per_second: float, p50: float) -> dict[str, object]:
 
 def test_ratios_are_medians_of_pairs() -> None:
     runs = {"medclip-lab": [run(30, 12), run(90, 14), run(20, 13)], "fastapi": [run(10, 0), run(10, 0), run(10, 0)]}
-    bounded = {"clients": {"64": {"p50_ms": 100.0, "p99_ms": 250.0, "statuses": {"200": 9, "429": 5}}}}
+    bounded = {"clients": {"64": {"p50_ms": 100.0, "p99_ms": 250.0, "answered": 9, "statuses": {"200": 9, "429": 5}}}}
     assert ratios(runs, 10.0, bounded) == {
         "throughput_16_over_fastapi": 3.0,
         "added_ms_at_1": 3.0,

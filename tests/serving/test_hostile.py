@@ -20,7 +20,7 @@ from tests.data import test_bombs as bombs
 
 pytest.importorskip("fastapi")
 
-CASES = int(os.environ.get("MEDCLIP_LAB_HOSTILE", "60"))
+CASES = int(os.environ.get("MEDCLIP_LAB_HOSTILE", "48"))
 CAP_MIB = 192
 """What a refusal may take: the body of a request several times over, and nothing that a header promises."""
 RUN = """
