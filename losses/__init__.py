@@ -4,6 +4,7 @@ if __name__ != "medclip_lab.losses":
     raise ImportError("import medclip_lab.losses, not losses")
 
 from medclip_lab.losses.clip import ClipLoss
+from medclip_lab.losses.distill import DistillLoss
 from medclip_lab.losses.multi_positive import MultiPositiveClipLoss
 from medclip_lab.losses.multi_view import MultiViewClipLoss
 from medclip_lab.losses.prototype import PrototypeLoss
@@ -14,6 +15,7 @@ from medclip_lab.losses.weighted_sum import WeightedSum
 
 __all__ = [
     "ClipLoss",
+    "DistillLoss",
     "LossConfig",
     "MultiPositiveClipLoss",
     "MultiViewClipLoss",

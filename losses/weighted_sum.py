@@ -39,8 +39,9 @@ class WeightedSum(nn.Module):
         self.grad_reduction = next(iter(reductions.values()))
         if len(set(reductions.values())) > 1:
             raise ValueError(f"terms: one grad_reduction for all, got {reductions}")
-        # One temperature serves them all; the first term says where it starts.
+        # One temperature serves them all; the first term says where it starts and how far it goes.
         first = next(iter(terms.values()))
+        self.logit_scale_range = getattr(first, "logit_scale_range", None)
         self.init_logit_scale = getattr(first, "init_logit_scale", 1 / 0.07)
         biases = [getattr(loss, "init_logit_bias", None) for loss in terms.values()]
         self.init_logit_bias = next((bias for bias in biases if bias is not None), None)

@@ -98,6 +98,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _collect_lines(node: Any, prefix: str, lines: dict[str, int], path: Path) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            _collect_lines(item, f"{prefix}.{number}", lines, path)
     if not isinstance(node, yaml.MappingNode):
         return
     for key_node, value_node in node.value:
@@ -130,6 +133,9 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _refuse_unknown(kind: Any, values: Any, prefix: str, place: Any) -> None:
+    if isinstance(values, list) and typing.get_origin(kind) is list:
+        for number, value in enumerate(values):
+            _refuse_unknown(typing.get_args(kind)[0], value, f"{prefix}.{number}", place)
     if not isinstance(values, dict):
         return
     if dataclasses.is_dataclass(kind):

@@ -16,8 +16,10 @@ from medclip_lab.errors import UserError
 from medclip_lab.evaluation.protocol import HeldOut, blur, encode_split, report
 from medclip_lab.files import digest, read_json, write_json
 from medclip_lab.inference.encoder import Encoder, load
+from medclip_lab.retrieval.build import build_index
 from medclip_lab.retrieval.embed import embed
-from medclip_lab.retrieval.index import build_index, open_index
+from medclip_lab.retrieval.index import open_index
+from medclip_lab.retrieval.parts import EmbedConfig
 from medclip_lab.training.export import export
 from medclip_lab.training.run import RunConfig, train
 
@@ -112,7 +114,7 @@ def demo(out: Path, seed: int = 0, studies: int | None = None, command: str = "m
         "embed the held-out studies",
         settings,
         "embeddings",
-        lambda path: embed(encoder, shards, path, "test", include_text=True),
+        lambda path: embed(encoder, shards, path, "test", EmbedConfig(include_text=True)),
     )
     indexes = {
         modality: steps.run(
@@ -159,6 +161,7 @@ def _config(out: Path, shards: Path, seed: int, *more: str) -> RunConfig:
 
 def _control(out: Path, shards: Path, seed: int) -> RunConfig:
     config = _config(out, shards, seed, "--data.control=shuffled_pairs", "--trainer.val_every=0")
+    assert config.trainer.epochs is not None
     config.trainer.epochs *= CONTROL_EPOCHS
     return config
 

@@ -281,7 +281,7 @@ def _image_query(row: int, held_out: HeldOut, encoder: Encoder, reports: Index) 
     mine = _present(held_out.labels[row])
     query = encoder.encode_images([Image.open(io.BytesIO(held_out.images[row]))])
     hits: list[pages.TextHit] = []
-    for hit in reports.search(query, k=5)[0]:
+    for hit in reports.search(query, k=5, with_text=True)[0]:
         own = hit.study_id == held_out.study_ids[row] or hit.row["text"] == held_out.texts[row]
         shared = bool(mine & _present(labels_of.get(hit.study_id, {})))
         match: pages.Match = "own" if own else "shared" if shared else "none"

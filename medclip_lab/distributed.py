@@ -3,6 +3,8 @@
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,6 +26,64 @@ def rank() -> int:
 def launched_world() -> tuple[int, int]:
     """(rank, world size) as torchrun announces them, also before the process group exists."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def joined(timeout: timedelta, cuda: bool) -> Iterator[None]:
+    """The group of all launched processes for the length of the block; nothing for one process, or inside a group.
+
+    Args:
+        timeout: how long a rank waits in a collective for the others before it fails.
+        cuda: whether tensors travel between GPUs too; this process takes the one of its local rank.
+    """
+    number, world = launched_world()
+    if world == 1 or dist.is_initialized():
+        yield
+        return
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, rank=number, world_size=world, timeout=timeout)
+    yield
+    # Not after an error: ranks that are gone would be waited for.
+    dist.destroy_process_group()
+
+
+def side_group(timeout: timedelta) -> Any:
+    """A group of all ranks over gloo, whose collectives may run in a thread beside those of the others; None alone."""
+    return dist.new_group(backend="gloo", timeout=timeout) if world_size() > 1 else None
+
+
+def everyones(value: Any, group: Any = None) -> list[Any]:
+    """What every rank has for `value`, in the order of ranks; a few facts, not tensors."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group)
+    return values
+
+
+def vote(flags: Sequence[bool], group: Any) -> Any:
+    """Say something to all ranks without waiting for them; `outcome` tells later what any of them said."""
+    said = torch.tensor(flags, dtype=torch.int32)
+    return dist.all_reduce(said, dist.ReduceOp.MAX, group=group, async_op=True), said
+
+
+def outcome(voted: Any) -> list[bool]:
+    """For each flag of a `vote` whether any rank raised it."""
+    work, said = voted
+    work.wait()
+    return [bool(flag) for flag in said]
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an error says that another rank went away, or did not answer in time."""
+    if world_size() == 1:
+        return False
+    told = str(error)
+    return isinstance(error, dist.DistError) or any(
+        sign in told for sign in ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL")
+    )
 
 
 def agree(counts: Sequence[int], what: str, device: torch.device, problem: str | None = None) -> list[list[int]]:

@@ -37,6 +37,12 @@ FAISS = (
 )
 CUDA_OF_FAISS = {"faiss-gpu": 12, "faiss-gpu-cu12": 12, "faiss-gpu-cu11": 11, "faiss-gpu-cuvs": 13, "faiss-cuda": 13}
 CUDA_OF_FAISS |= {"faiss-cuda-cu128": 12}
+OF_CUDA = {
+    13: "faiss-gpu-cuvs (the extra gpu): CUDA 13, one runtime beside torch's",
+    12: "faiss-gpu: CUDA 12.6 or later, compute capability 7.0 to 9.0",
+    11: "faiss-gpu-cu11: unofficial, compute capability 7.0 to 8.9",
+}
+"""Major CUDA version that torch was built for -> the faiss for it. Two CUDA versions in one process can crash."""
 
 
 def examine(folder: Path) -> dict[str, Any]:
@@ -61,13 +67,13 @@ def examine(folder: Path) -> dict[str, Any]:
             f"{len(installed)} faiss packages ({', '.join(installed)}) install the same module: uninstall all, then one"
         )
     cuda = facts["torch"].get("cuda")
+    facts["faiss_that_fits"] = fitting_faiss(cuda, bool(facts["torch"].get("devices")))
     facts["cuda_majors"] = {"torch": int(cuda.split(".")[0]) if cuda else None}
     for name in installed:
         facts["cuda_majors"][name] = major = CUDA_OF_FAISS.get(name)
         if major and cuda and major != facts["cuda_majors"]["torch"]:
-            problems.append(
-                f"{name} is built for CUDA {major} and torch for CUDA {cuda}: use faiss-gpu-cuvs with CUDA 13"
-            )
+            fits = facts["faiss_that_fits"].partition(":")[0]
+            problems.append(f"{name} is built for CUDA {major} and torch for CUDA {cuda}: use {fits}, or faiss-cpu")
     free = shutil.disk_usage(folder).free / 2**30
     facts["free_disk_gib"] = round(free, 1)
     if free < 5:
@@ -77,6 +83,18 @@ def examine(folder: Path) -> dict[str, Any]:
         if "extra ==" not in requirement and _version(name) is None:
             problems.append(f"{name} is missing: install medclip_lab again")
     return facts | {"problems": problems}
+
+
+def fitting_faiss(cuda: str | None, devices: bool) -> str:
+    """Which faiss package goes with this torch, and why.
+
+    Args:
+        cuda: the version torch was built for, None for none.
+        devices: whether there is a GPU to use.
+    """
+    if cuda is None or not devices:
+        return "faiss-cpu (the extra cpu): no GPU that torch could share"
+    return OF_CUDA.get(int(cuda.split(".")[0]), f"faiss-cpu (the extra cpu): no package for CUDA {cuda} is known")
 
 
 def commit() -> str | None:

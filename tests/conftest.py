@@ -66,9 +66,10 @@ model:
   spec:
     embed_dim: 16
     vision_cfg: {timm_model_name: test_resnet, image_size: 32}
-    text_cfg: {context_length: 24, width: 16, heads: 2, layers: 1}
+    text_cfg: {context_length: 80, width: 16, heads: 2, layers: 1}
 optim: {lr: 5.0e-3}
-trainer: {steps: 30, precision: 32-true, log_every: 5, checkpoint_every: 10}
+trainer: {steps: 30, precision: 32-true, log_every: 5}
+checkpoint: {every: 10}
 """
 
 

@@ -33,6 +33,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "size": 32,
         "steps": STEPS,
         "batch": BATCH,
+        "save_every": 2,
     }
 
 
@@ -58,7 +59,7 @@ def test_the_bare_loop_makes_the_steps_that_train_makes(job: dict[str, Any], tmp
 
 
 def test_what_cannot_be_measured() -> None:
-    with pytest.raises(UserError, match="no case is named huge; there are data-bound, compute-bound"):
+    with pytest.raises(UserError, match="no case is named huge; there are data-bound, compute-bound, saving"):
         bench_train(["huge"])
     with pytest.raises(UserError, match="samples a batch, got 3 and 8"):
         bench_train(samples=8)

@@ -15,11 +15,16 @@ from medclip_lab.cli import build_parser, data, main
 from medclip_lab.data.manifest import Manifest
 
 COMMON = {"--help", "--json", "--debug"}
+STORE = {"--store", "--uri"}
+POLICY = {"--policy", "--ratio", "--calibration"}
+ASKING = COMMON | STORE | {"index", "embeddings", "--out", "-k", "--labels", "--same-patient", "--where"}
 PREPARE = COMMON | {"--out", "--samples-per-shard", "--max-bad", "--workers", "--executor", "--duplicates"}
 ROWS = {
     *("--image", "--image-folder", "--labels", "--license", "--modality", "--no-label-text", "--patient", "--split"),
     *("--study", "--text", "--view"),
 }
+SCORING = {"--labelset", "--score", "--temperature", "--truncate"}
+ENSEMBLE = {"--ensemble", "--average"}
 FLAGS = {
     "demo": COMMON | {"--out", "--seed", "--studies"},
     "prepare phantom": PREPARE | {"--studies", "--seed", "--size"},
@@ -55,26 +60,58 @@ FLAGS = {
         "--seed",
     },
     "shards check": COMMON | {"shards", "--no-decode", "--out"},
+    "shards leaks": COMMON | {"train", "test", "--train-split", "--test-split", "--out", "--max-bad"},
     "shards repair": COMMON | {"shards", "--no-decode", "--out"},
-    "train": COMMON | {"--config", "--out", "--settings"},
+    "train": COMMON | {"--config", "--out", "--profile", "--replay", "--resume", "--settings"},
     "evaluate": COMMON
     | {
         "bundle",
         "shards",
         "--split",
-        "--labelset",
+        "--batch-zscore",
+        "--no-calibration",
+        "--compare",
+        "--collapse-texts",
         "--draws",
         "--seed",
         "--blur",
         "--shuffle-labels",
         "--out",
         "--max-bad",
-    },
-    "export": COMMON | {"run_folder", "--out", "--labelset"},
-    "embed": COMMON | {"bundle", "shards", "--out", "--split", "--include-text", "--max-bad"},
-    "index": COMMON | {"embeddings", "--out", "--modality", "--include-text"},
-    "search": COMMON | {"bundle", "index", "--text", "--image", "-k"},
-    "classify": COMMON | {"bundle", "images", "--labelset"},
+        "--protocol",
+        "--list",
+        "--subgroups",
+        "--probe",
+        "--corruptions",
+        "--baseline",
+        "--against",
+        "--pointing",
+        "--page",
+        "--show-images",
+    }
+    | SCORING
+    | ENSEMBLE,
+    "explain": COMMON | {"bundle", "image", "prompt", "--against", "--method", "--stage", "--out"},
+    "export": COMMON | {"run_folder", "--out", "--labelset", "--to", "--truncate"},
+    "calibrate": COMMON
+    | SCORING
+    | {"bundle", "shards", "--split", "--method", "--threshold", "--false-alarm", "--max-bad"},
+    "embed": COMMON
+    | {"bundle", "shards", "--out", "--split", "--include-text", "--max-bad"}
+    | {"--modalities", "--texts", "--dtype", "--batch-size", "--workers", "--device"},
+    "index": COMMON
+    | {"embeddings", "--out", "--modality", "--include-text", "--add", "--remove"}
+    | {"--target-recall", "--at", "--max-memory", "--queries", "--factory", "--no-dedup", "--seed"}
+    | STORE,
+    "search": COMMON
+    | {"bundle", "index", "--text", "--image", "--vector", "--id", "-k", "--where", "--not-patient", "--other-patients"}
+    | {"--with-text", "--with-vectors", "--domain", "--nprobe", "--ef-search", "--k-factor"}
+    | POLICY
+    | STORE,
+    "rag calibrate": ASKING | {"--risk", "--alpha", "--signal"},
+    "rag export": ASKING | POLICY,
+    "rag route": COMMON | {"--domain", "--out"},
+    "classify": COMMON | SCORING | ENSEMBLE | {"bundle", "images"},
     "bench": COMMON
     | {
         "what",
@@ -90,6 +127,10 @@ FLAGS = {
         "--out",
         "--bundle",
         "--seconds",
+        "--gap",
+        "--queries",
+        "--target-recall",
+        "--max-memory",
     },
     "serve": COMMON
     | {"bundle", "--index", "--labelset", "--host", "--port", "--workers", "--keys", "--new-key", "--local-scopes"}
@@ -226,6 +267,13 @@ def place(toy_bundle: Path, toy_shards: Manifest, toy_run: Path, tmp_path: Path)
         ("evaluate BUNDLE SHARDS --labelset nothing", "no shipped set is called 'nothing'"),
         ("embed BUNDLE TMP/none --out TMP/e", "no such folder"),
         ("index TMP/none --out TMP/i", "no such file"),
+        ("index --out TMP/i", "at least one folder"),
+        ("index TMP/none --out TMP/i --max-memory lots", "'lots' is no size"),
+        ("index TMP/none --out TMP/i --target-recall 2", "a share above 0"),
+        ("index TMP/none --out TMP/i --add TMP/empty", "name no other embeddings"),
+        ("index --out TMP/i --remove TMP/none", "cannot read"),
+        ("embed BUNDLE SHARDS --out TMP/e --modalities sound", "modalities are image and text"),
+        ("embed BUNDLE SHARDS --out TMP/e --workers -1", "--workers"),
         ("search BUNDLE TMP/none --text x", "no such folder"),
         ("classify BUNDLE TMP/none.png", "cannot read"),
         ("classify BUNDLE TMP/bad.csv", "no decoder for .csv"),
@@ -240,6 +288,28 @@ def place(toy_bundle: Path, toy_shards: Manifest, toy_run: Path, tmp_path: Path)
         ),
         ("evaluate BUNDLE SHARDS --out TMP", "is a folder"),
         ("evaluate BUNDLE SHARDS --draws 0", "at least one bootstrap draw"),
+        ("evaluate BUNDLE SHARDS --labelset nih15", "did you mean 'nih14'?"),
+        ("evaluate BUNDLE SHARDS --score softmax", "did you mean 'pair_softmax'?"),
+        ("evaluate BUNDLE SHARDS --temperature 1", "a temperature is that of 'pair_softmax'"),
+        ("evaluate BUNDLE SHARDS --compare TMP/empty", "empty"),
+        ("calibrate BUNDLE SHARDS --split test", "split 'test' is for evaluation alone"),
+        ("calibrate BUNDLE SHARDS --threshold best", "--threshold: 'best' is none of youden"),
+        ("calibrate BUNDLE SHARDS --method plat", "did you mean 'platt'?"),
+        ("calibrate BUNDLE SHARDS --false-alarm 2", "a share between 0 and 1, got 2"),
+        ("classify BUNDLE TMP/none.png --score sigmoids", "did you mean 'sigmoid'?"),
+        ("bench evaluate --only boots", "did you mean 'bootstrap'?"),
+        ("evaluate BUNDLE", "name a model and shards"),
+        ("evaluate --compare TMP/a.json TMP/b.json", "no such file"),
+        ("evaluate BUNDLE SHARDS --protocol none", "neither a .yaml file nor the name of a shipped one"),
+        ("evaluate BUNDLE SHARDS --protocol report_retrieval --corruptions", "--protocol stands alone"),
+        ("evaluate BUNDLE SHARDS --subgroups hospital", "no record has 'hospital'"),
+        ("evaluate BUNDLE SHARDS --baseline TMP/b.json", "--baseline belongs to --corruptions"),
+        ("evaluate BUNDLE SHARDS --show-images", "--show-images belongs to --page"),
+        ("evaluate BUNDLE SHARDS --probe linear --split train", "what probes are fitted on"),
+        ("evaluate hf:TMP/none SHARDS", "no such folder"),
+        ("explain BUNDLE TMP/none.png effusion --out TMP/m.png", "cannot read"),
+        ("export TMP/none --to transformers --out TMP/h", "no such folder"),
+        ("shards leaks TMP/none SHARDS", "no such folder"),
         ("embed BUNDLE SHARDS --out TMP/bad.csv", "bad.csv"),
         ("train --config phantom --out TMP/r --trainer.devices=2", "torchrun --nproc_per_node 2"),
         ("train --config phantom --out TMP/r --trainer.log_every=0", "log_every"),
@@ -292,18 +362,43 @@ def test_the_whole_way_by_commands(
     assert results["zero_shot"]["macro"]["labels"] == 1
     assert json.loads((out / "r.json").read_text())["split"] == "test"
     embeddings = run_json(capsys, "embed", bundle, shards, "--split", "test", "--out", str(out / "e"))
-    assert not embeddings["text_included"]
-    assert run_json(capsys, "index", str(out / "e"), "--out", str(out / "i"))["recall_at_10"]["text"] == 1.0
+    assert not embeddings["include_text"]
+    goals = ("--target-recall", "1.0", "--at", "5", "--queries", "image,text", "--max-memory", "8GB")
+    made = run_json(capsys, "index", str(out / "e"), "--out", str(out / "i"), *goals)
+    assert made["recall"]["text"]["confirmed"] == 1.0
     hits = run_json(capsys, "search", bundle, str(out / "i"), "--text", "The heart is enlarged.", "-k", "3")
     assert [hit["rank"] for hit in hits] == [1, 2, 3]
     assert "text" not in hits[0]
     image = out / "image.png"
     image.write_bytes(next(toy_images(toy_shards)))
     assert run_json(capsys, "classify", bundle, str(image))[0]["labels"]["Edema"]["probability"] is None
+    assert main(["classify", bundle, str(image), "--ensemble", bundle, "--average", "logits"]) == 0
+    assert "the bundle is not calibrated" in capsys.readouterr().out
+    facts = run_json(capsys, "calibrate", bundle, shards, "--split", "train")
+    assert facts["hash"]
+    assert "patients" not in facts
+    answer = run_json(capsys, "classify", bundle, str(image))[0]
+    assert answer["labels"]["Cardiomegaly"]["decision"] in (True, False)
+    assert answer["out_of_domain"]["flag"] in (True, False)
+    assert main(["classify", bundle, str(image)]) == 0
+    assert "operating" in capsys.readouterr().out
+    both = run_json(capsys, "evaluate", bundle, shards, "--draws", "10", "--compare", bundle, "--collapse-texts")
+    assert both["zero_shot"]["comparison"]["macro"]["auroc"]["difference"] == 0.0
+    assert both["zero_shot"]["calibration"]["hash"] == facts["hash"]
     hits = run_json(capsys, "search", bundle, str(out / "i"), "--image", str(image), "-k", "1000")
     assert len(hits) == toy_shards.count("test")
     assert main(["search", bundle, str(out / "i"), "--text", "x"]) == 0
     assert "cosine" in capsys.readouterr().out
+    assert run_json(capsys, "embed", bundle, shards, "--split", "val", "--out", str(out / "v"))["run"]["rows"]["text"]
+    grown = run_json(capsys, "index", "--add", str(out / "v"), "--out", str(out / "i"))
+    assert grown["changed"]["added"] == toy_shards.count("val")
+    (out / "gone.txt").write_text(hits[0]["study_id"] + "\n")
+    assert main(["index", "--remove", str(out / "gone.txt"), "--out", str(out / "i")]) == 0
+    told = capsys.readouterr().out
+    assert f"{toy_shards.count('val')} rows were added and 1 removed" in told
+    assert "build it anew" in told
+    hits_now = run_json(capsys, "search", bundle, str(out / "i"), "--image", str(image), "-k", "1000")
+    assert hits[0]["study_id"] not in [hit["study_id"] for hit in hits_now]
 
 
 def toy_images(manifest: Manifest) -> Any:
@@ -345,6 +440,16 @@ def test_doctor_finds_two_faiss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
     problems = examine(tmp_path)["problems"]
     assert any("2 faiss packages (faiss-cpu, faiss-gpu) install the same module" in problem for problem in problems)
+
+
+def test_doctor_names_the_faiss_that_fits() -> None:
+    from medclip_lab.doctor import fitting_faiss
+
+    assert fitting_faiss("13.2", True).startswith("faiss-gpu-cuvs")
+    assert fitting_faiss("12.8", True).startswith("faiss-gpu:")
+    assert fitting_faiss("13.2", False).startswith("faiss-cpu")
+    assert fitting_faiss(None, False).startswith("faiss-cpu")
+    assert "no package for CUDA 20.1" in fitting_faiss("20.1", True)
 
 
 def test_module_is_the_command() -> None:

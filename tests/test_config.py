@@ -1,8 +1,12 @@
+import re
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 
+from medclip_lab.cli import build_parser
 from medclip_lab.config import load_config, shipped, to_yaml
 from medclip_lab.errors import UserError
 from medclip_lab.inference.labelset import LabelSet
@@ -18,6 +22,7 @@ class Part:
 @dataclass
 class Whole:
     parts: dict[str, Part] = field(default_factory=dict)
+    more: list[Part] = field(default_factory=list)
     size: int = 8
     span: tuple[float, float] = (0.0, 1.0)
 
@@ -33,14 +38,14 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    config = Whole({"a": Part("x", 2.0)}, 4, (0.1, 0.2))
+    config = Whole({"a": Part("x", 2.0)}, [Part("y")], 4, (0.1, 0.2))
     assert load_config(Whole, write(tmp_path, to_yaml(config))) == config
 
 
 def test_overrides_win(tmp_path: Path) -> None:
     path = write(tmp_path, "size: 2\nparts:\n  a: {shards: x}\n")
     config = load_config(Whole, path, ["--size=3", "--parts.a.weight=1e-4", "--parts.b.shards=y"])
-    assert config == Whole({"a": Part("x", 1e-4), "b": Part("y")}, 3)
+    assert config == Whole({"a": Part("x", 1e-4), "b": Part("y")}, size=3)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +53,7 @@ def test_overrides_win(tmp_path: Path) -> None:
     [
         ("size: 2\nsizes: 3\n", [], r"run\.yaml:2: unknown key sizes; did you mean size\?"),
         ("parts:\n  a:\n    shards: x\n    wieght: 2\n", [], r"run\.yaml:4: unknown key parts\.a\.wieght; .*weight"),
+        ("more:\n- shards: x\n- shards: y\n  wieght: 2\n", [], r"run\.yaml:4: unknown key more\.1\.wieght; .*weight"),
         ("size: many\n", [], r"run\.yaml:1: size: .*int.*many"),
         ("parts:\n  a: {shards: x}\n  b:\n    weight: heavy\n    shards: y\n", [], r"run\.yaml:\d: .*float.*heavy"),
         ("parts:\n  a: {weight: 2}\n", [], r"run\.yaml:\d: parts.*shards is missing"),
@@ -76,6 +82,22 @@ def test_shipped_run_configs_load(path: Path) -> None:
     config = load_config(RunConfig, path)
     assert config.data.sources
     assert path.read_text().startswith("# medclip-lab"), "a config's head is the command that runs it"
+
+
+@pytest.mark.parametrize("path", sorted(shipped("cluster").glob("*")), ids=lambda path: path.name)
+def test_cluster_examples_name_settings_that_exist(path: Path) -> None:
+    text = path.read_text()
+    settings = re.findall(r"--\w+\.[\w.]+=[\w.]+", text)
+    assert settings
+    load_config(RunConfig, shipped("phantom.yaml"), settings)
+    if path.suffix == ".yaml":
+        (worker,) = yaml.safe_load(text)["spec"]["pytorchReplicaSpecs"].values()
+        (container,) = worker["template"]["spec"]["containers"]
+        assert container["command"][-2:] == ["medclip_lab", "train"]
+        build_parser().parse_known_args(["train", *container["args"]])
+    else:
+        assert subprocess.run(["bash", "-n", path]).returncode == 0
+        assert "medclip_lab train --config" in text or "medclip-lab train --config" in text
 
 
 @pytest.mark.parametrize("path", sorted(shipped("labelsets").glob("*.yaml")), ids=lambda path: path.stem)

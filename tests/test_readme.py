@@ -56,7 +56,9 @@ def test_own_data_from_table_to_search(tmp_path: Path, monkeypatch: pytest.Monke
     for arguments in verbs():
         if shlex.join(["medclip-lab", *arguments]).split(" --")[0].split("#")[0].strip() not in own:
             continue
-        extra = ["--trainer.steps=3", "--data.batch_size=16"] if arguments[0] == "train" else []
+        extra = (
+            ["--trainer.epochs=null", "--trainer.steps=3", "--data.batch_size=16"] if arguments[0] == "train" else []
+        )
         assert main([*arguments, *extra]) == 0, arguments
         ran.append(arguments[0])
     assert ran[:4] == ["prepare", "train", "export", "evaluate"]

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from markupsafe import Markup
 from torch import Tensor
 
+from medclip_lab.bench.drawing import draw
 from medclip_lab.doctor import commit, cpu_name, memory_gib
 from medclip_lab.errors import UserError
-from medclip_lab.evaluation.charts import BarRow, bar_rows, tag
-from medclip_lab.files import atomic_file
+from medclip_lab.evaluation.charts import BarRow
 from medclip_lab.inference.bundle import versions
 from medclip_lab.losses import ClipLoss, SigLipLoss, SoftTargetClipLoss, functional
 
@@ -207,42 +206,20 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-STYLE = """
-text{font:13px system-ui,sans-serif;fill:#1d2733}
-.head{font-size:15px;font-weight:600}
-.c1{fill:#1f77b4}
-.c2{fill:#b9c3cd}
-"""
-WIDTH, MARGIN, HEAD = 820.0, 20.0, 34.0
-
-
 def draw_losses(result: dict[str, Any], path: Path) -> None:
     """Write a drawing of `bench_losses`' result, SVG: seconds and memory, ours and the peer's."""
     title = f"Forward and backward, {result['batch']:,} x {result['dim']} float32 features, {result['device']}"
-    drawn: list[str] = [tag("style", STYLE)]
-    top = MARGIN
-    panels = (
+    wanted = (
         ("Seconds, median", "median_seconds", "{:.2f} s"),
         ("Memory at the peak, beyond inputs and gradients", "peak_mib", "{:,.0f} MiB"),
     )
-    for head, key, form in panels:
+    panels = []
+    for head, key, form in wanted:
         rows = []
         for name, entry in result["losses"].items():
             for css, side, label in (("c1", "ours", name), ("c2", "peer", entry["peer"])):
                 value = entry[key][side]
                 note = form.format(value)
                 rows.append(BarRow(name=label, parts=[(css, value, f"{label}: {note}")], note=note))
-        if top == MARGIN:
-            drawn.append(tag("text", title, x=MARGIN, y=top + 12, class_="head"))
-            top += HEAD
-        drawn.append(tag("text", head, x=MARGIN, y=top + 12))
-        top += HEAD - 10
-        chart = str(bar_rows(rows, width=WIDTH, description=head))
-        height = 29.0 * len(rows)
-        drawn.append(Markup(chart.replace("<svg ", f'<svg x="{MARGIN:g}" y="{top:g}" ', 1)))  # noqa: S704 - our chart
-        top += height + MARGIN
-    width = WIDTH + 2 * MARGIN
-    background = tag("rect", width=width, height=top, fill="#ffffff")
-    svg = tag("svg", background, *drawn, xmlns="http://www.w3.org/2000/svg", width=width, height=top, role="img")
-    with atomic_file(path) as temporary:
-        temporary.write_text(str(svg), encoding="utf-8")
+        panels.append((head, rows))
+    draw(title, panels, path)

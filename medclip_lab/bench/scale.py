@@ -186,7 +186,7 @@ def _flops_of(case: Case) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from medclip_lab.models.dual_encoder import build_spec
+    from medclip_lab.models.spec import build_spec
 
     model: Any = build_spec(json.loads(json.dumps(case.spec)))
     size = case.spec["vision_cfg"]["image_size"]

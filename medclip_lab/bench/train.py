@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -31,6 +31,8 @@ class Case:
     kind: str
     batch: int
     steps: int
+    save_every: int = 10**6
+    """Steps between checkpoints."""
 
 
 def _spec(width: int, layers: int, patch: int, text_layers: int) -> dict[str, Any]:
@@ -45,6 +47,8 @@ CASES = {
     "compute-bound": Case(_spec(384, 12, 16, 12), "320-jpeg", 32, 10),
 }
 """A tower so small that it waits for its images, and ViT-S/16 as open_clip has it."""
+SAVING = Case(_spec(384, 12, 16, 12), "320-jpeg", 4, 44, save_every=10)
+"""What a checkpoint costs: of ViT-S/16 with a few rows a step, so that there are steps enough."""
 
 
 def bench_train(
@@ -59,8 +63,10 @@ def bench_train(
     A process of its own for every repetition, the sides in turn, each with one loader process. Counted is the time
     from the fourth step to the last.
 
+    The case "saving" is ours alone: what a checkpoint, written in the background, costs the steps beside it.
+
     Args:
-        only: names of CASES; all if empty.
+        only: names of CASES, or "saving"; all if empty.
         shards: a folder of shards for the compute-bound case; else enlarged phantoms of the same size are made.
         samples: in the shards of a case; steps that want more go round.
         repeats: of each side.
@@ -69,8 +75,9 @@ def bench_train(
     Raises:
         UserError: an unknown case, too few samples, or a package that open_clip's trainer needs is missing.
     """
-    if unknown := [name for name in only if name not in CASES]:
-        raise UserError(f"bench train: no case is named {', '.join(unknown)}; there are {', '.join(CASES)}")
+    known = (*CASES, "saving")
+    if unknown := [name for name in only if name not in known]:
+        raise UserError(f"bench train: no case is named {', '.join(unknown)}; there are {', '.join(known)}")
     if repeats < 1 or samples < max(case.batch for case in CASES.values()):
         raise UserError(f"bench train: repeats must be at least 1 and samples a batch, got {repeats} and {samples}")
     if missing := [name for name in ("pandas", "ftfy") if find_spec(name) is None]:
@@ -78,13 +85,17 @@ def bench_train(
             f"bench train: open_clip's loader needs {' and '.join(missing)}: pip install {' '.join(missing)}"
         )
     cases = {}
-    for name in only or CASES:
+    for name in only or known:
         with tempfile.TemporaryDirectory(prefix="medclip-lab-bench-") as folder:
-            case = CASES[name]
-            own = given(shards, samples) if shards and name == "compute-bound" else made(KINDS[case.kind], samples)
-            cases[name] = _measure(case, own, Path(folder), repeats)
-        if say is not None:
-            say(line(name, cases[name]))
+            if name == "saving":
+                cases[name] = _saving(Path(folder), repeats)
+            else:
+                given_too = shards if name == "compute-bound" else None
+                kind = KINDS[CASES[name].kind]
+                own = given(given_too, samples) if given_too else made(kind, samples)
+                cases[name] = _measure(CASES[name], own, Path(folder), repeats)
+            if say is not None:
+                say(line(name, cases[name]))
     return {
         "repeats": repeats,
         "commit": commit(),
@@ -99,6 +110,11 @@ def bench_train(
 
 def line(name: str, case: dict[str, Any]) -> str:
     """One line of what was measured."""
+    if name == "saving":
+        return (
+            f"{name:<14} {case['seconds_a_save']:.2f} s a checkpoint of {case['mib']:.0f} MiB, steps of "
+            f"{case['seconds_a_step']:.2f} s: {case['share_at_100_steps']:.2%} at one every 100 steps"
+        )
     speed = case["samples_per_second"]
     return (
         f"{name:<14} {speed['train']:7.2f} samples/s, bare loop {speed['bare']:.2f} "
@@ -144,17 +160,45 @@ def _measure(case: Case, studies: Any, folder: Path, repeats: int) -> dict[str, 
     }
 
 
+def _saving(folder: Path, repeats: int) -> dict[str, Any]:
+    write(made(KINDS[SAVING.kind], 8 * SAVING.batch), folder / "ours", folder / "theirs")
+    write_model(SAVING.spec, folder / "model")
+    seconds: dict[str, list[float]] = {"with": [], "without": []}
+    for number in range(repeats):
+        for side in ("with", "without") if number % 2 == 0 else ("without", "with"):
+            case = SAVING if side == "with" else replace(SAVING, save_every=10**6)
+            moments = run_side("train", case, folder)["moments"]
+            seconds[side].append((moments[-1] - moments[WARM_UP]) / (len(moments) - 1 - WARM_UP))
+    step = statistics.median(seconds["without"])
+    a_save = statistics.median(
+        SAVING.save_every * (with_it - without) for with_it, without in zip(*seconds.values(), strict=True)
+    )
+    weights = (folder / "model" / "open_clip_model.safetensors").stat().st_size
+    return {
+        "batch": SAVING.batch,
+        "steps": SAVING.steps,
+        "save_every": SAVING.save_every,
+        "mib": round(3 * weights / 2**20, 1),  # and two moments of each
+        "runs": {side: [round(value, 4) for value in values] for side, values in seconds.items()},
+        "seconds_a_step": round(step, 4),
+        "seconds_a_save": round(a_save, 3),
+        "share_at_100_steps": round(a_save / (100 * step), 4),
+    }
+
+
 def write_model(spec: dict[str, Any], folder: Path) -> None:
     """A random model as a folder that both sides open, with the same weights and open_clip's own tokenizer."""
     from safetensors.torch import save_model
 
     from medclip_lab.data.preprocess import PreprocessConfig
     from medclip_lab.files import write_json
-    from medclip_lab.models.dual_encoder import build_spec
+    from medclip_lab.models.spec import build_spec
 
     folder.mkdir()
     preprocess = PreprocessConfig(size=spec["vision_cfg"]["image_size"]).open_clip()
-    write_json(folder / "open_clip_config.json", {"model_cfg": spec, "preprocess_cfg": preprocess})
+    write_json(
+        folder / "open_clip_config.json", {"model_cfg": spec | {"custom_text": True}, "preprocess_cfg": preprocess}
+    )
     save_model(build_spec(spec), str(folder / "open_clip_model.safetensors"))
 
 
@@ -168,6 +212,7 @@ def run_side(side: str, case: Case, folder: Path) -> dict[str, Any]:
         "size": case.spec["vision_cfg"]["image_size"],
         "batch": case.batch,
         "steps": case.steps,
+        "save_every": case.save_every,
     }
     command = [sys.executable, "-W", "ignore", "-m", "medclip_lab.bench.trainers", json.dumps(job)]
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}

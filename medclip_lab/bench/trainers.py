@@ -38,6 +38,7 @@ def run_config(job: dict[str, Any], out: str) -> RunConfig:
     from medclip_lab.data.preprocess import PreprocessConfig
     from medclip_lab.losses import LossConfig
     from medclip_lab.models.dual_encoder import ModelConfig
+    from medclip_lab.training.checkpoint import CheckpointConfig
     from medclip_lab.training.optim import OptimConfig
     from medclip_lab.training.trainer import TrainerConfig
 
@@ -49,10 +50,11 @@ def run_config(job: dict[str, Any], out: str) -> RunConfig:
             augment=AugmentConfig(crop=CROP, aspect=ASPECT),
             workers=1,
         ),
-        model=ModelConfig(spec=f"local-dir:{job['model']}", tokenizer="spec", channels_last=False),
+        model=ModelConfig(spec=f"local-dir:{job['model']}", tokenizer="spec", truncation="end", channels_last=False),
         loss=LossConfig("ClipLoss"),
         optim=OptimConfig(lr=LR, weight_decay=WEIGHT_DECAY, betas=BETAS, eps=EPS, clip_norm=CLIP_NORM),
         trainer=TrainerConfig(steps=job["steps"], precision="32-true", accelerator="cpu"),
+        checkpoint=CheckpointConfig(every=job["save_every"]),
         out=out,
     )
 
@@ -81,16 +83,18 @@ def bare_loop(job: dict[str, Any], moments: Moments) -> dict[str, Any]:
     from medclip_lab.losses import build_loss
     from medclip_lab.training.build import prepare_model
     from medclip_lab.training.module import SCALE_RANGE
-    from medclip_lab.training.optim import lr_factor, parameter_groups
+    from medclip_lab.training.optim import build_optimizer, parameter_groups
+    from medclip_lab.training.rules import treatments
 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(prefix="medclip-lab-bench-") as folder:
         config = run_config(job, folder)
         encoder, tokenizer, _ = prepare_model(config.model, config.data, Path(folder), 0)
     loss = build_loss(config.loss)
-    optim = config.optim
-    optimizer = torch.optim.AdamW(parameter_groups(encoder.model, optim), lr=LR, betas=BETAS, eps=EPS)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(job["steps"], optim.warmup, optim.final_lr))
+    treated = treatments(encoder.model, config.optim, job["steps"])
+    groups = parameter_groups(dict(encoder.model.named_parameters()), treated)
+    optimizer, schedules = build_optimizer(groups, config.optim)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedules)
     parameters = [value for group in optimizer.param_groups for value in group["params"]]
     least, most = map(math.log, SCALE_RANGE)
     encoder.train()

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from medclip_lab import __version__
-from medclip_lab.cli import data, measure, model, retrieval, serve, shards
-from medclip_lab.errors import UserError
+from medclip_lab.cli import data, evaluate, measure, model, retrieval, search, serve, shards
+from medclip_lab.errors import StartAgainError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f": {error.filename}" if error.filename else ""
         print(f"medclip-lab {args.verb}: {error.strerror or type(error).__name__}{where}", file=sys.stderr)
         return 2
+    except StartAgainError as cut:
+        if args.debug:
+            raise
+        print(f"medclip-lab {args.verb}: {cut}", file=sys.stderr)
+        return 75
     except KeyboardInterrupt:
         print(f"\nmedclip-lab {args.verb}: interrupted; nothing is half-written, call it again", file=sys.stderr)
         return 130
@@ -51,11 +56,14 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_prepare(verbs)
     shards.add_shards(verbs)
     model.add_train(verbs)
-    model.add_evaluate(verbs)
+    evaluate.add_evaluate(verbs)
+    evaluate.add_explain(verbs)
+    evaluate.add_calibrate(verbs)
     model.add_export(verbs)
     retrieval.add_embed(verbs)
     retrieval.add_index(verbs)
-    retrieval.add_search(verbs)
+    search.add_search(verbs)
+    search.add_rag(verbs)
     model.add_classify(verbs)
     serve.add_serve(verbs)
     measure.add_bench(verbs)

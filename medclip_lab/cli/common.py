@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 Verbs = Any  # argparse has no public name for what add_subparsers returns
@@ -28,4 +29,22 @@ def say(args: argparse.Namespace, value: Any, text: str) -> None:
 def add_max_bad(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-bad", type=float, default=0.01, help="share of unusable studies that stops it (default: 0.01)"
+    )
+
+
+def add_scoring(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--labelset", default="chexpert14", help="shipped name or YAML file (default: chexpert14)")
+    parser.add_argument(
+        "--score",
+        default=None,
+        help="mean_embedding, mean_similarity, max_similarity, pair_softmax or sigmoid (default: what fits the model)",
+    )
+    parser.add_argument("--temperature", type=float, default=None, help="of pair_softmax (default: the model's own)")
+    parser.add_argument("--truncate", action="store_true", help="cut prompts that are longer than the context")
+
+
+def add_ensemble(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ensemble", type=Path, nargs="+", default=[], help="further bundles to average with")
+    parser.add_argument(
+        "--average", choices=("scores", "logits"), default="scores", help="what an ensemble averages (default: scores)"
     )

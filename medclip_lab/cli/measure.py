@@ -19,11 +19,12 @@ def add_bench(verbs: Verbs) -> None:
     )
     parser.add_argument(
         "what",
-        choices=["losses", "data", "resume", "train", "scale", "serve"],
+        choices=["losses", "data", "resume", "train", "scale", "evaluate", "index", "serve"],
         help="losses: forward and backward beside open_clip's; data: training batches a second beside open_clip's; "
         "resume: going on in the middle of an epoch; train: samples a second beside a bare loop and open_clip's "
-        "trainer; scale: a model of a step fitted here and taken to many GPUs; serve: the service under load beside "
-        "FastAPI and LitServe",
+        "trainer; scale: a model of a step fitted here and taken to many GPUs; evaluate: building classifiers, "
+        "full-gallery retrieval, intervals; index: recall, speed and memory beside plain faiss; serve: the service under "
+        "load beside FastAPI and LitServe",
     )
     parser.add_argument(
         "--batch", type=int, default=None, help="rows of features (default: 8192; on a GPU several); data: samples (64)"
@@ -33,36 +34,50 @@ def add_bench(verbs: Verbs) -> None:
         "--out", type=Path, default=None, help="file for the JSON; losses: a drawing or a table beside it"
     )
     losses = parser.add_argument_group("losses")
-    losses.add_argument("--dim", type=int, default=None, help="embed dim (default: 768; on a GPU several)")
+    losses.add_argument(
+        "--dim", type=int, default=None, help="embed dim (default: 768; on a GPU several); evaluate: 512"
+    )
     losses.add_argument("--device", default="cpu", help="cpu: float32; cuda: bfloat16 and the fused kernels")
-    losses.add_argument("--only", nargs="+", default=None, help="names of losses, or of cases of train (default: all)")
+    losses.add_argument(
+        "--only",
+        nargs="+",
+        default=None,
+        help="names of losses, of cases of train, or of parts of evaluate: bootstrap, retrieval, classifier "
+        "(default: all)",
+    )
     data = parser.add_argument_group("data, resume, train")
     data.add_argument("--shards", nargs="+", type=Path, default=[], help="folders of shards to read")
     data.add_argument("--make", nargs="+", default=[], help="sets to make and read: 1024-jpeg, 320-jpeg, 512-png16")
     data.add_argument("--size", type=int, default=224, help="side of the images in a batch (default: 224)")
     data.add_argument(
-        "--samples", type=int, default=None, help="of each set, at most (default: 512); resume: in all (1,000,000)"
+        "--samples",
+        type=int,
+        default=None,
+        help="of each set, at most (default: 512); resume: in all (1,000,000); evaluate: of the gallery (20,000); "
+        "index: vectors (100,000)",
     )
+    index = parser.add_argument_group("index (--dim: 512 by default)")
+    index.add_argument("--gap", type=float, default=1.0, help="how far images and texts lie apart (default: 1)")
+    index.add_argument("--queries", type=int, default=500, help="of each direction (default: 500)")
+    index.add_argument("--target-recall", type=float, default=0.95, help="asked of ours (default: 0.95)")
+    index.add_argument("--max-memory", default=None, help="given to ours, as 1GB (default: 3/4 of the machine's)")
     serve = parser.add_argument_group("serve")
     serve.add_argument("--bundle", type=Path, default=None, help="to serve (default: a small one of random weights)")
     serve.add_argument("--seconds", type=float, default=10.0, help="of each load (default: 10)")
 
 
 def _run_bench(args: argparse.Namespace) -> None:
-    if args.what == "data":
-        _bench_data(args)
-    elif args.what == "resume":
-        _bench_resume(args)
-    elif args.what == "train":
-        _bench_train(args)
-    elif args.what == "scale":
-        _bench_scale(args)
-    elif args.what == "serve":
-        _bench_serve(args)
-    elif args.device == "cuda":
-        _bench_on_gpu(args)
-    else:
-        _bench_losses(args)
+    benches = {
+        "losses": _bench_on_gpu if args.device == "cuda" else _bench_losses,
+        "data": _bench_data,
+        "resume": _bench_resume,
+        "train": _bench_train,
+        "scale": _bench_scale,
+        "evaluate": _bench_evaluate,
+        "index": _bench_index,
+        "serve": _bench_serve,
+    }
+    benches[args.what](args)
 
 
 def _tell(line: str) -> None:
@@ -71,15 +86,9 @@ def _tell(line: str) -> None:
 
 def _bench_losses(args: argparse.Namespace) -> None:
     from medclip_lab.bench.losses import bench_losses, draw_losses
-    from medclip_lab.files import write_json
 
     result = bench_losses(args.batch or 8192, args.dim or 768, args.device, args.repeats or 5, args.only, _tell)
-    result = {"command": args.command, **result}
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, result)
-        draw_losses(result, args.out.with_suffix(".svg"))
-    say(args, result, "" if args.out is None else f"{args.out}\n{args.out.with_suffix('.svg')}")
+    _keep(args, result, draw=draw_losses)
 
 
 def _bench_data(args: argparse.Namespace) -> None:
@@ -122,15 +131,45 @@ def _bench_scale(args: argparse.Namespace) -> None:
     _keep(args, bench_scale(_tell), table)
 
 
-def _keep(args: argparse.Namespace, result: dict[str, Any], table: Callable[[dict[str, Any]], str]) -> None:
-    """Write a result with its command, if a file is named, and tell it."""
+def _keep(
+    args: argparse.Namespace,
+    result: dict[str, Any],
+    table: Callable[[dict[str, Any]], str] | None = None,
+    draw: Callable[[dict[str, Any], Path], None] | None = None,
+) -> None:
+    """Write a result with its command, and a drawing of it, if a file is named; tell its table, or what was written."""
     from medclip_lab.files import write_json
 
     result = {"command": args.command, **result}
+    written = []
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, result)
-    say(args, result, table(result))
+        written.append(str(args.out))
+        if draw is not None:
+            draw(result, args.out.with_suffix(".svg"))
+            written.append(str(args.out.with_suffix(".svg")))
+    say(args, result, table(result) if table else "\n".join(written))
+
+
+def _bench_evaluate(args: argparse.Namespace) -> None:
+    from medclip_lab.bench.evaluate import bench_evaluate, table
+
+    samples = 20_000 if args.samples is None else args.samples
+    _keep(args, bench_evaluate(samples, args.dim or 512, only=args.only, say=_tell), table)
+
+
+def _bench_index(args: argparse.Namespace) -> None:
+    from medclip_lab.bench.index import bench_index, draw_index
+    from medclip_lab.bench.vectors import Corpus
+    from medclip_lab.retrieval.choose import Goals
+    from medclip_lab.retrieval.memory import parse_size
+
+    samples = 100_000 if args.samples is None else args.samples
+    corpus = Corpus(size=samples, dim=args.dim or 512, gap=args.gap)
+    memory = None if args.max_memory is None else parse_size(args.max_memory)
+    result = bench_index(corpus, Goals(args.target_recall, max_memory=memory), args.queries, args.only, _tell)
+    _keep(args, result, draw=draw_index)
 
 
 def _bench_on_gpu(args: argparse.Namespace) -> None:
@@ -163,6 +202,7 @@ def _run_doctor(args: argparse.Namespace) -> int:
     devices = ", ".join(device["name"] for device in facts["torch"].get("devices", [])) or "CPU only"
     lines += [f"{'devices':<18}{devices} (torch built for {'CUDA ' + cuda if cuda else 'CPU'})"]
     lines += [f"{'faiss':<18}{', '.join(f'{n} {v}' for n, v in facts['faiss'].items()) or 'none'}"]
+    lines += [f"{'faiss that fits':<18}{facts['faiss_that_fits']}"]
     lines += [f"problem: {problem}" for problem in facts["problems"]] or ["no problem found"]
     say(args, facts, "\n".join(lines))
     return 1 if facts["problems"] else 0

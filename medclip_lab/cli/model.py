@@ -1,9 +1,10 @@
-"""Verbs of the model: train, export, evaluate, classify, and the demo of them all."""
+"""Verbs of the model: train, export, evaluate, calibrate, classify, and the demo of them all."""
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from medclip_lab.cli.common import Verbs, add_max_bad, add_verb, say
+from medclip_lab.cli.common import Verbs, add_ensemble, add_scoring, add_verb, say
 from medclip_lab.errors import UserError
 
 
@@ -35,10 +36,30 @@ def add_train(verbs: Verbs) -> None:
         "train --config configs/phantom.yaml --out runs/phantom --optim.lr=5e-4 --trainer.epochs=5",
         _run_train,
     )
-    parser.usage = "medclip-lab train --config FILE [--out DIR] [--settings] [--SECTION.NAME=VALUE ...]"
+    parser.usage = (
+        "medclip-lab train --config FILE [--out DIR] [--resume auto|never] [--profile [N]] [--SECTION.NAME=VALUE ...]\n"
+        "       medclip-lab train --settings\n"
+        "       medclip-lab train --replay DUMP"
+    )
     parser.add_argument("--config", type=Path, help="a YAML file, or the name of a shipped one")
     parser.add_argument("--out", default=None, help="folder of the run")
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="auto: go on from the folder's newest whole checkpoint (default); never: refuse a folder that has one",
+    )
+    parser.add_argument("--replay", type=Path, metavar="DUMP", help="make the step of a dump again, and say what broke")
     parser.add_argument("--settings", action="store_true", help="list every setting with its default, and stop")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=5,
+        default=0,
+        metavar="N",
+        help="look at N steps (default: 5) with torch's profiler: a table, and a trace in the run's folder",
+    )
 
 
 def _run_train(args: argparse.Namespace) -> None:
@@ -46,10 +67,17 @@ def _run_train(args: argparse.Namespace) -> None:
     from medclip_lab.distributed import launched_world
     from medclip_lab.files import read_json
     from medclip_lab.training.console import diary
-    from medclip_lab.training.run import DONE, RunConfig, train
+    from medclip_lab.training.resume import DONE
+    from medclip_lab.training.run import RunConfig, train
 
     if args.settings:
         configs.parser(RunConfig).print_help()
+        return
+    if args.replay is not None:
+        from medclip_lab.training.replay import replay, summary
+
+        result = replay(args.replay)
+        say(args, result, summary(result))
         return
     if args.config is None:
         raise UserError("--config is missing: a YAML file, or the name of a shipped one (phantom, nih_openi_semantic)")
@@ -57,7 +85,9 @@ def _run_train(args: argparse.Namespace) -> None:
     if not path.exists() and configs.shipped(f"{path}.yaml").exists():
         path = configs.shipped(f"{path}.yaml")
     overrides = [*args.overrides, f"--out={args.out}"] if args.out else args.overrides
-    run = train(configs.load_config(RunConfig, path, overrides))
+    if args.profile < 0:
+        raise UserError(f"--profile: a number of steps, got {args.profile}")
+    run = train(configs.load_config(RunConfig, path, overrides), args.resume, args.profile)
     if launched_world()[0] > 0:
         return  # one rank speaks
     last = [line for line in diary(run) if "loss" in line][-1]
@@ -71,82 +101,81 @@ def _run_train(args: argparse.Namespace) -> None:
 
 def add_export(verbs: Verbs) -> None:
     parser = add_verb(verbs, "export", "a finished run to a bundle", "export runs/phantom --out bundle", _run_export)
-    parser.add_argument("run_folder", metavar="run", type=Path, help="folder of a finished run")
+    parser.add_argument(
+        "run_folder", metavar="run", type=Path, help="folder of a finished run; with --to transformers that of a bundle"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
     parser.add_argument("--labelset", nargs="*", default=["chexpert14"], help="label sets to carry")
+    parser.add_argument(
+        "--to",
+        choices=("bundle", "transformers"),
+        default="bundle",
+        help="transformers: a folder for Hugging Face's zero-shot-image-classification (default: bundle)",
+    )
+    parser.add_argument("--truncate", action="store_true", help="cut prompts that are longer than the context")
 
 
 def _run_export(args: argparse.Namespace) -> None:
+    if args.to == "transformers":
+        from medclip_lab.inference.to_transformers import to_transformers
+
+        facts = to_transformers(args.run_folder, args.out, args.command)
+        difference = f"features within {facts['largest_difference']:.0e} of the bundle's"
+        say(args, facts, f"{args.out}: a {facts['class']}, {difference}")
+        return
     from medclip_lab.training.export import export
 
-    manifest = export(args.run_folder, args.out, args.labelset, args.command)
+    manifest = export(args.run_folder, args.out, args.labelset, args.command, args.truncate)
     say(args, manifest, f"{args.out}: bundle {manifest['fingerprint'][:12]}, {len(manifest['files'])} files")
-
-
-def add_evaluate(verbs: Verbs) -> None:
-    parser = add_verb(
-        verbs,
-        "evaluate",
-        "zero-shot AUROC with intervals and retrieval, on held-out studies",
-        "evaluate bundle shards --split test",
-        _run_evaluate,
-    )
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("shards", type=Path)
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--labelset", default="chexpert14", help="shipped name or YAML file (default: chexpert14)")
-    parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws, by patient (default: 1000)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--blur", type=float, default=0.0, help="control: blur images by this share of their side")
-    parser.add_argument("--shuffle-labels", action="store_true", help="control: shuffle labels between studies")
-    parser.add_argument("--out", type=Path, default=None, help="write the results as JSON too")
-    add_max_bad(parser)
-
-
-def _run_evaluate(args: argparse.Namespace) -> None:
-    from medclip_lab.evaluation.protocol import blur, evaluate, summary
-    from medclip_lab.files import write_json
-    from medclip_lab.inference.encoder import load
-
-    if args.out and args.out.is_dir():
-        raise UserError(f"--out: {args.out} is a folder; name a JSON file")
-    result = evaluate(
-        load(args.bundle),
-        args.shards,
-        args.split,
-        args.labelset,
-        draws=args.draws,
-        seed=args.seed,
-        change=blur(args.blur) if args.blur else None,
-        control=args.shuffle_labels,
-        max_bad=args.max_bad,
-    )
-    if args.out:
-        write_json(args.out, result | {"command": args.command})
-    say(args, result, summary(result))
 
 
 def add_classify(verbs: Verbs) -> None:
     parser = add_verb(
         verbs,
         "classify",
-        "zero-shot scores of images, without any training on labels",
+        "zero-shot scores of images, without any training on labels; decisions of a bundle that is calibrated",
         "classify bundle chest.png",
         _run_classify,
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("images", type=Path, nargs="+")
-    parser.add_argument("--labelset", default="chexpert14", help="shipped name or YAML file (default: chexpert14)")
+    add_scoring(parser)
+    add_ensemble(parser)
 
 
 def _run_classify(args: argparse.Namespace) -> None:
+    from medclip_lab.inference.classifier import ZeroShotClassifier
     from medclip_lab.inference.encoder import load
+    from medclip_lab.inference.ensemble import ClassifierEnsemble
 
-    rows = load(args.bundle).zero_shot_classifier(args.labelset).predict(args.images)
+    members = [
+        load(bundle).zero_shot_classifier(
+            args.labelset, args.score, temperature=args.temperature, truncate=args.truncate
+        )
+        for bundle in (args.bundle, *args.ensemble)
+    ]
+    classifier: ZeroShotClassifier | ClassifierEnsemble = members[0]
+    if args.ensemble:
+        classifier = ClassifierEnsemble(members, args.average)
+    rows = classifier.classify(args.images)
     lines = []
     for image, row in zip(args.images, rows, strict=True):
-        lines.append(f"{image}")
-        for name, value in sorted(row.items(), key=lambda item: -item[1]["score"]):
-            lines.append(f"  {value['score']:.3f}  {'#' * round(20 * value['score']):<20}  {name}")
-    lines.append("scores order images; they are not probabilities (the bundle is not calibrated)")
-    say(args, [{"image": str(i), "labels": r} for i, r in zip(args.images, rows, strict=True)], "\n".join(lines))
+        strange = row["out_of_domain"] is not None and row["out_of_domain"]["flag"]
+        lines.append(f"{image}" + ("  OUT OF DOMAIN: unlike the images of the calibration" if strange else ""))
+        lines += [_line(name, value) for name, value in sorted(row["labels"].items(), key=lambda i: -i[1]["score"])]
+    if classifier.calibration is None:
+        lines.append("scores order images; they are not probabilities (the bundle is not calibrated)")
+    else:
+        lines.append(
+            "operating: the probability on a scale where the threshold is 0.5; + is a decision for the finding"
+        )
+    say(args, [{"image": str(i), **r} for i, r in zip(args.images, rows, strict=True)], "\n".join(lines))
+
+
+def _line(name: str, value: dict[str, Any]) -> str:
+    if value["probability"] is None:
+        bar = "#" * round(20 * min(max(value["score"], 0.0), 1.0))
+        return f"  {value['score']:.3f}  {bar:<20}  {name}"
+    sign = "+" if value["decision"] else " "
+    told = f"probability {value['probability']:.3f}  operating {value['operating']:.3f}"
+    return f"  {value['score']:.3f}  {sign} {told}  {name}"

@@ -1,9 +1,12 @@
-"""Verbs of retrieval: embeddings, index, search."""
+"""Verbs of retrieval: embeddings and their index."""
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from medclip_lab.cli.common import Verbs, add_max_bad, add_verb, say
+from medclip_lab.cli.search import add_store, milvus_uri
+from medclip_lab.errors import UserError
 
 
 def add_embed(verbs: Verbs) -> None:
@@ -14,65 +17,147 @@ def add_embed(verbs: Verbs) -> None:
     parser.add_argument("shards", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--split", default=None, help="one split only (default: all)")
+    parser.add_argument("--modalities", default="image,text", help="what is embedded (default: image,text)")
+    parser.add_argument(
+        "--texts",
+        choices=("report", "sentences", "sections"),
+        default="report",
+        help="rows of the text embeddings (default: report)",
+    )
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the files")
+    parser.add_argument("--batch-size", type=int, default=64, help="studies that are embedded together (default: 64)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that decode ahead of the model (default: 1)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda; under torchrun, the GPU of the rank")
     parser.add_argument("--include-text", action="store_true", help="keep the report text, private as it is")
     add_max_bad(parser)
 
 
 def _run_embed(args: argparse.Namespace) -> None:
+    import os
+
+    import torch
+
     from medclip_lab.inference.encoder import load
     from medclip_lab.retrieval.embed import embed
+    from medclip_lab.retrieval.parts import EmbedConfig
 
-    manifest = embed(load(args.bundle), args.shards, args.out, args.split, args.include_text, args.max_bad)
-    rows = {name: sum(files[name]["rows"] for files in manifest["files"].values()) for name in ("image", "text")}
-    say(args, manifest, f"{args.out}: {rows['image']} images, {rows['text']} reports")
+    if args.workers < 0:
+        raise UserError(f"--workers: 0 or more, got {args.workers}")
+    config = EmbedConfig(
+        modalities=_names(args.modalities),
+        texts=args.texts,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        include_text=args.include_text,
+    )
+    device = args.device
+    if device == "auto" and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    encoder = load(args.bundle, device)
+    manifest = embed(encoder, args.shards, args.out, args.split, config, args.max_bad, args.workers)
+    run = manifest["run"]
+    told = ", ".join(f"{count} {name}s" for name, count in run["rows"].items()) or "nothing left to do"
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in run["seconds"].items())
+    lines = [f"{args.out}: {told} on {run['device']}; {seconds}", run["unusable"]]
+    say(args, manifest, "\n".join(line for line in lines if line))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def add_index(verbs: Verbs) -> None:
     parser = add_verb(
-        verbs, "index", "embeddings to an index", "index embeddings --modality image --out index", _run_index
+        verbs,
+        "index",
+        "embeddings to an index that reaches a recall within a memory",
+        "index embeddings --modality image --target-recall 0.99 --max-memory 4GB --out index",
+        _run_index,
     )
-    parser.add_argument("embeddings", type=Path)
+    parser.add_argument("embeddings", type=Path, nargs="*", help="one or more folders of one bundle")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--modality", choices=("image", "text"), default="image", help="what is found (default: image)")
     parser.add_argument("--include-text", action="store_true", help="answer with report text too")
+    goals = parser.add_argument_group("goals")
+    goals.add_argument(
+        "--target-recall", type=float, default=0.99, help="of the truly nearest, in every direction (default: 0.99)"
+    )
+    goals.add_argument("--at", type=int, default=10, help="how many nearest that means (default: 10)")
+    goals.add_argument("--max-memory", default=None, help="of the build, as 4GB (default: 3/4 of the machine's)")
+    goals.add_argument("--queries", default=None, help="what will ask: image,text (default: what is embedded)")
+    goals.add_argument("--factory", default=None, help="a FAISS factory string of your own, tuned and measured too")
+    goals.add_argument(
+        "--dedup", action=argparse.BooleanOptionalAction, default=None, help="one vector for copies (default: of texts)"
+    )
+    goals.add_argument("--seed", type=int, default=0, help="which queries are held out (default: 0)")
+    change = parser.add_argument_group("change an index").add_mutually_exclusive_group()
+    change.add_argument("--add", type=Path, nargs="+", default=None, help="embeddings to add to the index --out")
+    change.add_argument("--remove", type=Path, default=None, help="a file of study ids, a line each, to remove from it")
+    add_store(parser)
 
 
 def _run_index(args: argparse.Namespace) -> None:
-    from medclip_lab.retrieval.index import build_index
+    from medclip_lab.retrieval.build import build_index
+    from medclip_lab.retrieval.choose import Goals
+    from medclip_lab.retrieval.memory import parse_size
+    from medclip_lab.retrieval.update import add_to_index, remove_from_index
 
-    manifest = build_index(args.embeddings, args.out, args.modality, args.include_text)
-    recall = ", ".join(f"{name} queries {value:.3f}" for name, value in manifest["recall_at_10"].items())
-    say(args, manifest, f"{args.out}: {manifest['size']} {args.modality} vectors; recall@10 of {recall}")
+    if (args.add or args.remove) and args.embeddings:
+        raise UserError("index: --add and --remove change the index --out: name no other embeddings beside them")
+    uri = milvus_uri(args)
+    if uri is not None:
+        manifest = _in_milvus(args, uri)
+        say(args, manifest, f"{args.out}: {manifest['size']} {manifest['modality']} rows in Milvus, searched exactly")
+        return
+    if args.add:
+        manifest = add_to_index(args.out, args.add)
+    elif args.remove:
+        manifest = remove_from_index(args.out, _lines(args.remove))
+    else:
+        goals = Goals(
+            target_recall=args.target_recall,
+            at=args.at,
+            max_memory=None if args.max_memory is None else parse_size(args.max_memory),
+            queries=None if args.queries is None else _names(args.queries),
+            factory=args.factory,
+            dedup=args.dedup,
+            seed=args.seed,
+        )
+        manifest = build_index(args.embeddings, args.out, args.modality, args.include_text, goals)
+    say(args, manifest, _told(args.out, manifest))
 
 
-def add_search(verbs: Verbs) -> None:
-    parser = add_verb(
-        verbs,
-        "search",
-        "the studies of an index that are nearest to a text or an image",
-        'search bundle index --text "left pleural effusion" -k 5',
-        _run_search,
+def _in_milvus(args: argparse.Namespace, uri: str) -> dict[str, Any]:
+    from medclip_lab.retrieval.milvus import build_collection, open_collection
+
+    if args.remove:
+        raise UserError("index: --remove is for a FAISS index; delete rows of a collection with Milvus's own tools")
+    if args.add:
+        return open_collection(uri, str(args.out)).add(args.add)
+    return build_collection(args.embeddings, uri, str(args.out), args.modality, args.include_text)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--remove: cannot read {path}: {error}") from None
+
+
+def _told(out: Path, manifest: dict[str, Any]) -> str:
+    from medclip_lab.retrieval.memory import show_size
+
+    recall = ", ".join(
+        f"recall@{found['at']} of {name} queries {found['confirmed']:.4f}" for name, found in manifest["recall"].items()
     )
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("index", type=Path)
-    query = parser.add_mutually_exclusive_group(required=True)
-    query.add_argument("--text")
-    query.add_argument("--image", type=Path)
-    parser.add_argument("-k", type=int, default=10, help="number of answers (default: 10)")
-
-
-def _run_search(args: argparse.Namespace) -> None:
-    from medclip_lab.inference.encoder import load
-    from medclip_lab.retrieval.index import open_index
-
-    encoder = load(args.bundle)
-    index = open_index(args.index, bundle_fingerprint=encoder.fingerprint)
-    query = encoder.encode_texts([args.text]) if args.text is not None else encoder.encode_images([args.image])
-    hits = index.search(query, args.k)[0]
-    lines = [f"{'rank':>4}  {'cosine':>6}  study"]
-    for hit in hits:
-        text = f"  {hit.row['text']}" if hit.row.get("text") else ""
-        number = f" image {hit.row['image']}" if hit.row.get("image") else ""
-        lines.append(f"{hit.rank:>4}  {hit.score:>6.3f}  {hit.study_id}{number}{text}")
-    values = [{"rank": hit.rank, "score": hit.score, **hit.row} for hit in hits]
-    say(args, values, "\n".join(lines))
+    memory = manifest["memory"]
+    lines = [
+        f"{out}: {manifest['size']} {manifest['modality']} rows, {manifest['factory']}; {recall}",
+        f"memory at the peak {show_size(memory['peak'])}, predicted {show_size(memory['predicted'])}",
+    ]
+    changed = manifest["changed"]
+    if any(changed.values()):
+        lines[1] = f"since it was built {changed['added']} rows were added and {changed['removed']} removed"
+    if manifest.get("rebuild"):
+        lines.append("its recall was measured before: build it anew from all its embeddings")
+    return "\n".join(lines)

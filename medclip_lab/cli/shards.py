@@ -4,18 +4,19 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from medclip_lab.cli.common import Verbs, add_verb, say
+from medclip_lab.cli.common import Verbs, add_max_bad, add_verb, say
 from medclip_lab.errors import UserError
 
 
 def add_shards(verbs: Verbs) -> None:
     parser = verbs.add_parser(
-        "shards", help="plan, check and repair shards", description="Plan, check and repair shards."
+        "shards", help="plan, check, repair and compare shards", description="Plan, check, repair and compare shards."
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_plan(actions)
     _add_check(actions)
     _add_repair(actions)
+    _add_leaks(actions)
 
 
 def _add_plan(actions: Verbs) -> None:
@@ -98,3 +99,30 @@ def _run_repair(args: argparse.Namespace) -> None:
 
     manifest = repair(args.shards, args.out, decode=not args.no_decode, command=args.command)
     say(args, manifest, summary(args.out, manifest))
+
+
+def _add_leaks(actions: Verbs) -> None:
+    leaks = add_verb(
+        actions,
+        "leaks",
+        "does the test set stand in the training data: patients, images, images that look alike? Exit code 1 if so",
+        "shards leaks shards/train shards/other --out leaks.json",
+        _run_leaks,
+    )
+    leaks.add_argument("train", help="folder, URL or pattern of what a model was trained on")
+    leaks.add_argument("test", help="folder, URL or pattern of what it is tested on")
+    leaks.add_argument("--train-split", default="train", help='or several: "train+val" (default: train)')
+    leaks.add_argument("--test-split", default="test", help="(default: test)")
+    leaks.add_argument("--out", type=Path, default=None, help="write the result, with the study ids, as JSON")
+    add_max_bad(leaks)
+
+
+def _run_leaks(args: argparse.Namespace) -> int:
+    from medclip_lab.evaluation.leaks import leaks, summary
+    from medclip_lab.files import write_json
+
+    result = leaks(args.train, args.test, args.train_split, args.test_split, args.max_bad)
+    if args.out:
+        write_json(args.out, result | {"command": args.command})
+    say(args, result, summary(result))
+    return 1 if result["leaks"] else 0

@@ -132,6 +132,8 @@ class Images:
             UserError: no study is left, or more are bad than the ceiling lets pass.
         """
         pending = {name: value for name, value in batch.items() if isinstance(value, Pending)}
+        if not pending:
+            return batch
         pixels: dict[str, dict[int, Tensor]] = {name: {} for name in pending}
         for name, images in pending.items():
             for number, found in enumerate(self._pixels(images, device)):
@@ -177,7 +179,7 @@ def _only(kept: list[int], batch: dict[str, Any]) -> dict[str, Any]:
     """Some rows of a batch: of the images, and of the texts where they are the images' own."""
     names = ["image_id", "patient_id", "image_labels"]
     if batch["image_id"] == batch["text_id"]:
-        names += ["text_id", "text", "second_text", "text_labels"]
+        names += ["text_id", "text", "second_text", "teacher_text", "text_labels"]
     chosen = {
         name: value[kept] if isinstance(value, Tensor) else [value[number] for number in kept]
         for name, value in batch.items()

@@ -130,14 +130,9 @@ def steps_per_epoch(config: DataConfig) -> int:
     return int(1 / epochs[name] + 1e-9)
 
 
-def steps_once(config: DataConfig, world_size: int) -> int:
-    """Batches until the first source is through, with a last short one if it has a row for every rank."""
-    whole = 1 / max(_epochs_per_batch(config).values())
-    left = round(config.batch_size * (whole % 1))
-    steps = int(whole) + (left >= max(world_size, 1))
-    if not steps:
-        raise UserError(f"data: too few studies to validate on {world_size} ranks")
-    return steps
+def steps_once(config: DataConfig) -> int:
+    """Batches until the first source is through; the last may be short, and have no row for some ranks."""
+    return math.ceil(1 / max(_epochs_per_batch(config).values()) - 1e-9)
 
 
 def _epochs_per_batch(config: DataConfig) -> dict[str, float]:
@@ -158,6 +153,7 @@ class BatchStream(IterableDataset[Batch]):
     Args:
         training: random order, random views and sentences, augmentation, and in place of a sample that cannot be used
             the next one, so that every batch is whole; else the first of each, in shard order, and bad ones left out.
+        teacher_tokenizer: reads the same texts for a teacher, "teacher_text" in the batch.
 
     Raises:
         UserError: a source is missing, or too small for its lanes; fewer rows than ranks.
@@ -175,8 +171,10 @@ class BatchStream(IterableDataset[Batch]):
         world_size: int = 1,
         training: bool = True,
         quarantine_path: Path | None = None,
+        teacher_tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__()
+        self.teacher_tokenizer = teacher_tokenizer
         self.config, self.tokenizer, self.training = config, tokenizer, training
         self.steps, self.start, self.seed = steps, start, seed
         self.rank, self.world_size = rank, world_size
@@ -286,10 +284,27 @@ class BatchStream(IterableDataset[Batch]):
             batch |= {name: self.images.together(view) for name, view in columns}
             batch["image_labels"] = torch.tensor(image_labels)
         if texts:
+            if self.teacher_tokenizer is not None:
+                batch["teacher_text"] = self.teacher_tokenizer([text for text, *_ in texts])
             views_of_text = zip(("text", "second_text"), zip(*texts, strict=True), strict=False)
             batch |= {name: self.tokenizer(list(view)) for name, view in views_of_text}
             batch["text_labels"] = torch.tensor(text_labels)
+        if not (images or texts or self.training) and self.world_size > 1:
+            batch |= self._no_rows()
         return batch
+
+    def _no_rows(self) -> Batch:
+        """What a rank has of a last batch that is shorter than the ranks: it must still meet the others."""
+        size, labels = self.config.preprocess.size, len(self.config.labels)
+        ids = self.tokenizer([""])[:0]
+        views = ("text", "second_text")[: self.config.text.views]
+        teacher = {} if self.teacher_tokenizer is None else {"teacher_text": self.teacher_tokenizer([""])[:0]}
+        return teacher | {
+            "image": torch.zeros(0, 3, size, size, dtype=torch.uint8),
+            "image_labels": torch.zeros(0, labels),
+            **dict.fromkeys(views, ids),
+            "text_labels": torch.zeros(0, labels),
+        }
 
     def finish(self, batch: Batch, device: torch.device) -> Batch:
         """The batch with its images' pixels on `device`, if a loader process left them to it; see `Images.finish`."""
@@ -353,4 +368,10 @@ def copies(labels: dict[str, int], rarity: Rarity) -> float:
 def loader(stream: BatchStream) -> DataLoader[Batch]:
     """A DataLoader that hands on the stream's batches as they are."""
     workers = stream.config.workers
-    return DataLoader(stream, batch_size=None, num_workers=workers, persistent_workers=workers > 0 and stream.training)
+    return DataLoader(
+        stream,
+        batch_size=None,
+        num_workers=workers,
+        persistent_workers=workers > 0 and stream.training,
+        generator=torch.Generator(),  # else each pass would take a number from those of the model's dropout
+    )

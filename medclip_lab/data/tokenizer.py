@@ -3,8 +3,11 @@
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+
+from medclip_lab.errors import UserError
 
 PAD, UNK, BOS, EOS = "<pad>", "<unk>", "<bos>", "<eos>"
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = range(4)
@@ -50,14 +53,36 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> int:
     return len(wrapped)
 
 
-def load_tokenizer(folder: str | Path, context_length: int) -> Tokenizer:
-    """The tokenizer whose files lie in `folder`, or one on the hub by name.
+def load_tokenizer(folder: str | Path, context_length: int, **options: Any) -> Any:
+    """The tokenizer whose files lie in `folder`: a `Tokenizer` that can `save_pretrained`, and pads on the right.
 
     It is open_clip's own wrapper, so that ids are the same there.
+
+    Args:
+        options: of transformers' tokenizer, `text_cfg.tokenizer_kwargs` in a model config.
+
+    Raises:
+        UserError: there is none.
     """
     from open_clip.tokenizer import HFTokenizer
 
     # Loader processes are forked after the tokenizer was used; its threads would not survive that.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    tokenizer: Tokenizer = HFTokenizer(str(folder), context_length=context_length)
+    try:
+        tokenizer = HFTokenizer(str(folder), context_length=context_length, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model.tokenizer: no tokenizer in {folder}: {first}") from None
+    words = tokenizer.tokenizer
+    words.padding_side = "right"  # a text model's first word is where it was in pretraining
+    if words.pad_token is None:  # those of generators have none
+        words.pad_token = words.eos_token
     return tokenizer
+
+
+def token_counts(tokenizer: Any, texts: list[str]) -> list[int]:
+    """Tokens of each text as `tokenizer`, one of open_clip's, would have it if there was no end to its context."""
+    words = getattr(tokenizer, "tokenizer", None)
+    if words is None:  # CLIP's own
+        return [len(tokenizer.encode(text)) + 2 for text in texts]
+    return [len(ids) for ids in words([tokenizer.clean_fn(text) for text in texts], verbose=False).input_ids]

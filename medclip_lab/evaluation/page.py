@@ -275,22 +275,19 @@ def _bars(data: PageData) -> dict[str, Chart]:
     return made
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """A file of this package as text."""
     return files("medclip_lab.evaluation").joinpath(name).read_text(encoding="utf-8")
 
 
-def render_page(data: PageData) -> str:
-    """The page as one HTML document that can be written to a file as UTF-8.
-
-    Raises:
-        ValueError: an image cannot be read.
-    """
+def templates() -> jinja2.Environment:
+    """The package's templates, with every value escaped and the filters that format numbers."""
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        loader=jinja2.FunctionLoader(_resource),
+        loader=jinja2.FunctionLoader(resource),
     )
     environment.filters |= {"number": _number, "percent": _percent, "rank": _rank, "duration": _duration}
     environment.filters |= {"clamp": _clamp, "capitalize_first": lambda text: text[:1].upper() + text[1:]}
@@ -300,13 +297,28 @@ def render_page(data: PageData) -> str:
         "STATES": STATES,
         "MODEL": MODEL,
     }
-    script = _resource("page.js")
+    return environment
+
+
+def script_hash(script: str) -> str:
+    """How a content security policy names a script that may run."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def render_page(data: PageData) -> str:
+    """The page as one HTML document that can be written to a file as UTF-8.
+
+    Raises:
+        ValueError: an image cannot be read.
+    """
+    environment = templates()
+    script = resource("page.js")
     controls = _controls(data)
     page = environment.get_template("page.html.j2").render(
         data=data,
-        style=Markup(_resource("page.css")),  # noqa: S704 - the package's own file
+        style=Markup(resource("page.css")),  # noqa: S704 - the package's own file
         script=Markup(script),  # noqa: S704 - the package's own file
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        script_hash=script_hash(script),
         bars=_bars(data),
         training=_training(data.loss_curves),
         classification=_classification(data, controls),

@@ -1,175 +1,76 @@
-"""Held-out evaluation of a bundle on shards: zero-shot AUROC with intervals, and retrieval both ways."""
+"""Held-out evaluation of a bundle on shards: zero-shot metrics with intervals and paired tests, and retrieval."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageFilter
 
-from medclip_lab import progress
-from medclip_lab.data.decode import DecodeError, decode_image
-from medclip_lab.data.findings import ABSENT, PRESENT
+from medclip_lab.data.findings import PRESENT
 from medclip_lab.data.manifest import Manifest
 from medclip_lab.data.quarantine import Quarantine
-from medclip_lab.data.reader import read_split
-from medclip_lab.errors import UserError
-from medclip_lab.evaluation.metrics import auroc, interval, patient_weights, retrieval, weighted_auroc
+from medclip_lab.evaluation.held_out import HeldOut, ImageChange, blur, encode_split, label_truth, shuffle_labels
+from medclip_lab.evaluation.metrics import patient_weights
+from medclip_lab.evaluation.retrieval import overlap_retrieval, retrieval
+from medclip_lab.evaluation.zero_shot import Embedded, Scoring, zero_shot
 from medclip_lab.files import digest
+from medclip_lab.inference.bundle import versions
 from medclip_lab.inference.encoder import Encoder
+from medclip_lab.inference.ensemble import Average
+from medclip_lab.inference.labelset import means_nothing
 
-ImageChange = Callable[[Image.Image], Image.Image]
-
-
-@dataclass
-class HeldOut:
-    """The studies of a split as arrays: one image a study, the first."""
-
-    features: NDArray[np.float32]
-    """[N, D] of the images."""
-    text_features: NDArray[np.float32]
-    """[M, D] of the reports of the studies that have one."""
-    study_ids: list[str] = field(default_factory=list)
-    patient_ids: list[str] = field(default_factory=list)
-    labels: list[dict[str, int | None]] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    """Report of each study, empty where there is none."""
-    images: list[bytes] = field(default_factory=list)
-    """Encoded first image of each study, kept only on request."""
+__all__ = [
+    "HeldOut", "ImageChange", "Scoring", "blur", "encode_split", "evaluate", "label_truth", "paired_retrieval",
+    "report", "shuffle_labels", "summary", "zero_shot",
+]  # fmt: skip
 
 
-def blur(share: float) -> ImageChange:
-    """A Gaussian blur whose radius is this share of the image's side: what is left is exposure and rough shape."""
-    return lambda image: image.filter(ImageFilter.GaussianBlur(share * max(image.size)))
-
-
-def encode_split(
-    encoder: Encoder,
-    shards: str | Path,
-    split: str,
-    change: ImageChange | None = None,
-    max_bad: float = 0.01,
-    keep_images: bool = False,
-    texts: bool = True,
-) -> tuple[HeldOut, Quarantine]:
-    """Embed a split through a bundle.
+def paired_retrieval(held_out: HeldOut, draws: int = 0, seed: int = 0, collapse: bool = False) -> dict[str, Any] | None:
+    """R@K, P@K, ranks both ways over the full gallery; studies with word-identical reports are positives of each other.
 
     Args:
-        change: applied to every decoded image (a control such as `blur`).
-        keep_images: keep the encoded images, for a page that shows some.
-        texts: embed the reports too.
+        draws: of the bootstrap by patient, for intervals of R@K; 0 leaves them out.
+        collapse: a report that stands there several times is one item of the gallery and one query.
     """
-    manifest = Manifest.load(shards)
-    total = manifest.count(split)
-    quarantine = Quarantine(total, max_bad)
-    held_out = HeldOut(np.empty(0, np.float32), np.empty(0, np.float32))
-
-    def images() -> Iterator[Image.Image]:
-        for study in progress.track(read_split(manifest, split, quarantine), f"encode {split}", total):
-            if not study.images:
-                continue
-            suffix, data = study.images[0]
-            try:
-                image = encoder.preprocess.window(decode_image(data, suffix))
-            except DecodeError as error:
-                quarantine.add(study.shard, study.key, "unreadable image", str(error))
-                continue
-            record = study.record
-            held_out.study_ids.append(record["study_id"])
-            held_out.patient_ids.append(record["patient_id"])
-            held_out.labels.append(record.get("labels") or {})
-            held_out.texts.append(record.get("text") or "")
-            if keep_images:
-                held_out.images.append(data)
-            yield change(image) if change else image
-
-    held_out.features = encoder.encode_images(images())
-    if not held_out.study_ids:
-        raise UserError(f"evaluate: split {split!r} of {manifest.folder} has no images")
-    if texts:
-        held_out.text_features = encoder.encode_texts([text for text in held_out.texts if text])
-    return held_out, quarantine
-
-
-def label_truth(labels: list[dict[str, int | None]], name: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """(positive, used) of each study for one label: uncertain is left out, not mentioned counts as absent.
-
-    A study without a single label is not labelled, and a source that never speaks of a label leaves nothing to use.
-    """
-    values = [row.get(name) for row in labels]
-    if all(value is None for value in values):
-        return np.zeros(len(values), bool), np.zeros(len(values), bool)
-    positive = np.array([value == PRESENT for value in values])
-    labelled = np.array([any(value is not None for value in row.values()) for row in labels])
-    used = labelled & np.array([value in (PRESENT, ABSENT, None) for value in values])
-    return positive, used
-
-
-def zero_shot(
-    encoder: Encoder, held_out: HeldOut, labelset: str | Path, draws: int = 1000, seed: int = 0
-) -> dict[str, Any]:
-    """AUROC of every label of a set with 95 % intervals bootstrapped by patient, and their mean.
-
-    A label with one class only has the value None and a reason.
-    """
-    if draws < 1:
-        raise UserError(f"evaluate: at least one bootstrap draw is needed, got {draws}")
-    classifier = encoder.zero_shot_classifier(labelset)
-    scores = classifier.scores(held_out.features).astype(np.float64)
-    weights = patient_weights(held_out.patient_ids, draws, seed)
-    labels: list[dict[str, Any]] = []
-    sampled = []
-    for column, name in enumerate(classifier.names):
-        positive, used = label_truth(held_out.labels, name)
-        counts = {"positives": int(positive[used].sum()), "negatives": int((used & ~positive).sum())}
-        row: dict[str, Any] = {"name": name, "auroc": None, "low": None, "high": None, **counts}
-        if min(counts.values()) == 0:
-            row["reason"] = "one class only" if sum(counts.values()) else "not labelled in this data"
-        else:
-            row["auroc"] = auroc(scores[used, column], positive[used])
-            sampled.append(weighted_auroc(scores[used, column], positive[used], weights[:, used]))
-            row["low"], row["high"] = interval(sampled[-1])
-        labels.append(row)
-    measured = [row["auroc"] for row in labels if row["auroc"] is not None]
-    if not measured:
-        names = ", ".join(classifier.names[:5])
-        raise UserError(
-            f"evaluate: no label of set {classifier.labelset!r} ({names}, ...) has both classes in this data"
-        )
-    # A label with few positives has none in some draws: those draws are the mean of the others.
-    low, high = interval(np.nanmean(sampled, axis=0))
-    return {
-        "labelset": classifier.labelset,
-        "labelset_hash": classifier.labelset_hash,
-        "score": classifier.score_type,
-        "policy": "uncertain left out, not mentioned counts as absent; first image of each study",
-        "macro": {"auroc": float(np.mean(measured)), "low": low, "high": high, "labels": len(measured)},
-        "labels": labels,
-        "bootstrap": {"draws": draws, "by": "patient", "seed": seed},
-    }
-
-
-def paired_retrieval(held_out: HeldOut) -> dict[str, Any] | None:
-    """R@K both ways over the full gallery; studies with word-identical reports are positives of each other."""
     rows = [row for row, text in enumerate(held_out.texts) if text]
     if len(rows) < 2:
         return None
     groups = [digest(held_out.texts[row]) for row in rows]
+    kept = list({group: number for number, group in reversed(list(enumerate(groups)))}.values()) if collapse else None
+    of_text = groups if kept is None else [groups[number] for number in kept]
     images = held_out.features[rows]
+    texts = held_out.text_features if kept is None else held_out.text_features[kept]
+    drawn = patient_weights([held_out.patient_ids[row] for row in rows], draws, seed) if draws else None
+    # A collapsed report may be that of several patients: no draw of patients says how often it is asked.
+    found = retrieval(images, texts, groups, of_text, weights=(drawn, None if collapse else drawn))
     return {
         "positives": "studies with the same report text",
+        "duplicate_texts": "collapsed" if collapse else "positives of each other",
+        "ties": "lost; recall_ties_shared is the mean over their orders",
         "distinct_texts": len(set(groups)),
-        "image_to_text": asdict(retrieval(images, held_out.text_features, groups, groups)),
-        "text_to_image": asdict(retrieval(held_out.text_features, images, groups, groups)),
+        "image_to_text": asdict(found[0]),
+        "text_to_image": asdict(found[1]),
+        "by_findings": _by_findings(held_out, rows),
     }
 
 
-def shuffle_labels(held_out: HeldOut, seed: int) -> HeldOut:
-    """The control in which every study has the labels of another one: whatever is measured then is chance."""
-    order = np.random.default_rng(seed).permutation(len(held_out.labels))
-    return replace(held_out, labels=[held_out.labels[row] for row in order])
+def _by_findings(held_out: HeldOut, rows: Sequence[int]) -> dict[str, Any]:
+    """nDCG by shared findings, image to report and back, and image to image without itself."""
+    labelled = [
+        (place, row) for place, row in enumerate(rows) if any(v is not None for v in held_out.labels[row].values())
+    ]
+    names = sorted({name for _, row in labelled for name in held_out.labels[row] if not means_nothing(name)})
+    findings = np.array([[held_out.labels[row].get(name) == PRESENT for name in names] for _, row in labelled])
+    if len(labelled) < 2 or not findings.any():
+        return {"value": None, "reason": "no finding is labelled in this data"}
+    images = held_out.features[[row for _, row in labelled]]
+    texts = held_out.text_features[[place for place, _ in labelled]]
+    return {
+        "image_to_text": overlap_retrieval(images, texts, findings, findings),
+        "text_to_image": overlap_retrieval(texts, images, findings, findings),
+        "image_to_image": overlap_retrieval(images, images, findings, findings, exclude_self=True),
+    }
 
 
 def evaluate(
@@ -183,17 +84,40 @@ def evaluate(
     change: ImageChange | None = None,
     control: bool = False,
     max_bad: float = 0.01,
+    scoring: Scoring = Scoring(),  # noqa: B008 - frozen
+    ensemble: Sequence[Encoder] = (),
+    average: Average = "scores",
+    compare: Encoder | None = None,
+    collapse: bool = False,
 ) -> dict[str, Any]:
     """Everything above on one split, as a JSON-like dict that names what it was computed from.
 
     Args:
         change: a control that changes the images.
         control: shuffle the labels between studies.
+        ensemble, average, compare: see `zero_shot`.
+        collapse: see `paired_retrieval`.
     """
-    held_out, quarantine = encode_split(encoder, shards, split, change, max_bad)
-    if control:
-        held_out = shuffle_labels(held_out, seed)
-    results = report(encoder, held_out, shards, split, labelset, draws=draws, seed=seed)
+
+    def embed(model: Encoder, texts: bool) -> tuple[HeldOut, Quarantine]:
+        held_out, quarantine = encode_split(model, shards, split, change, max_bad, texts=texts)
+        return (shuffle_labels(held_out, seed) if control else held_out), quarantine
+
+    held_out, quarantine = embed(encoder, True)
+    results = report(
+        encoder,
+        held_out,
+        shards,
+        split,
+        labelset,
+        draws=draws,
+        seed=seed,
+        scoring=scoring,
+        ensemble=[(member, embed(member, False)[0]) for member in ensemble],
+        average=average,
+        compare=None if compare is None else (compare, embed(compare, False)[0]),
+        collapse=collapse,
+    )
     return results | {"unusable": dict(quarantine.causes), "shuffled_labels": control}
 
 
@@ -206,17 +130,26 @@ def report(
     *,
     draws: int = 1000,
     seed: int = 0,
+    scoring: Scoring = Scoring(),  # noqa: B008 - frozen
+    ensemble: Sequence[Embedded] = (),
+    average: Average = "scores",
+    compare: Embedded | None = None,
+    collapse: bool = False,
 ) -> dict[str, Any]:
     """The results of an embedded split."""
     manifest = Manifest.load(shards)
     return {
         "bundle": encoder.fingerprint,
+        "ensemble": [member.fingerprint for member, _ in ensemble],
         "shards": digest([shard.sha256 for shard in manifest.of_split(split)]),
         "split": split,
         "studies": len(held_out.study_ids),
         "patients": len(set(held_out.patient_ids)),
-        "zero_shot": zero_shot(encoder, held_out, labelset, draws, seed),
-        "retrieval": paired_retrieval(held_out),
+        "zero_shot": zero_shot(
+            encoder, held_out, labelset, draws, seed, scoring, ensemble, average=average, compare=compare
+        ),
+        "retrieval": paired_retrieval(held_out, draws, seed, collapse),
+        "versions": versions(),
     }
 
 
@@ -226,7 +159,7 @@ def summary(results: dict[str, Any]) -> str:
     macro = shot["macro"]
     lines = [
         f"split {results['split']}: {results['studies']} studies of {results['patients']} patients",
-        f"zero-shot AUROC, label set {shot['labelset']} ({shot['score']}; 95 % interval, bootstrap by patient):",
+        f"zero-shot AUROC, label set {shot['labelset']} ({shot['rule']}; 95 % interval, bootstrap by patient):",
     ]
     for row in shot["labels"]:
         if row["auroc"] is None:
@@ -238,6 +171,20 @@ def summary(results: dict[str, Any]) -> str:
     lines.append(
         f"  {'mean of ' + str(macro['labels']):<28} {macro['auroc']:.3f}  {macro['low']:.3f}-{macro['high']:.3f}"
     )
+    means = {name: told for name, told in macro["metrics"].items() if name != "auroc" and told["value"] is not None}
+    lines += [
+        f"  mean {name:<35} {told['value']:.3f}  {told['low']:.3f}-{told['high']:.3f}" for name, told in means.items()
+    ]
+    if shot["calibration"] is None:
+        lines.append("  no threshold, no probability: the bundle is not calibrated for these scores")
+    if "exclusive" in shot:
+        told = {name: shot["exclusive"][name] for name in ("accuracy", "balanced_accuracy", "macro_f1", "mcc")}
+        lines += [f"  {name:<28} {v['value']:.3f}  {v['low']:.3f}-{v['high']:.3f}" for name, v in told.items()]
+    for name, test in shot.get("comparison", {}).get("macro", {}).items():
+        lines.append(
+            f"  {name + ' less that of ' + shot['comparison']['with'][:12]:<40} {test['difference']:+.3f}  "
+            f"{test['low']:+.3f} to {test['high']:+.3f}  p = {test['p']:.3f}"
+        )
     for direction in ("image_to_text", "text_to_image"):
         if results["retrieval"]:
             found = results["retrieval"][direction]

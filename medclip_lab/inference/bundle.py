@@ -9,10 +9,13 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from medclip_lab.config import to_yaml
 from medclip_lab.data.preprocess import PreprocessConfig
 from medclip_lab.data.tokenizer import FILES as TOKENIZER_FILES
 from medclip_lab.errors import UserError
 from medclip_lab.files import digest, existing_folder, read_json, sha256, write_json
+from medclip_lab.inference.labelset import load_labelset
+from medclip_lab.models.spec import TEXT_MODEL, beyond_open_clip
 from medclip_lab.version import __version__
 
 FORMAT = "medclip-lab-bundle/1"
@@ -22,7 +25,8 @@ MANIFEST, CONFIG, WEIGHTS, PREPROCESS = (
     "open_clip_model.safetensors",
     "preprocess.json",
 )
-IDENTITY = (WEIGHTS, CONFIG, PREPROCESS, *TOKENIZER_FILES)
+TEXT_CONFIG = f"{TEXT_MODEL}/config.json"
+IDENTITY = (WEIGHTS, CONFIG, TEXT_CONFIG, PREPROCESS, *TOKENIZER_FILES)
 """The files that decide what an embedding is; the fingerprint is made of their hashes."""
 
 
@@ -48,6 +52,13 @@ def write_bundle(
         augment: how the training images were changed, for the record.
     """
     model_cfg = json.loads(json.dumps(model_cfg))
+    (out / "MODEL_CARD.md").write_text(_card(card, model_cfg), encoding="utf-8")
+    model_cfg["vision_cfg"].pop("patch_dropout", None)  # of training
+    text = model_cfg["text_cfg"]
+    if "hf_config" in text:
+        # Where open_clip looks for it too, if it is started in the folder.
+        write_json(out / TEXT_CONFIG, text.pop("hf_config"))
+        text |= {"hf_model_name": TEXT_MODEL, "hf_model_pretrained": False}
     for name in ("logit_scale", "logit_bias"):
         # open_clip creates the bias only if the config names a start value; the weights then overwrite it.
         if name in weights:
@@ -61,7 +72,7 @@ def write_bundle(
                 "decode; DICOM: rescale",
                 f"window more than 8 bits ({_window(preprocess)}); MONOCHROME1 is inverted",
                 f"resize to {preprocess.size} ({preprocess.resize_mode}, {preprocess.interpolation})",
-                "scale to [0, 1], subtract mean, divide by std; greyscale is repeated over three channels",
+                f"scale to [0, 1], subtract mean, divide by std; {_channels(model_cfg)}",
             ],
             **preprocess.record(),
             "augment": augment,
@@ -72,8 +83,9 @@ def write_bundle(
             shutil.copyfile(tokenizer / name, out / name)
     (out / "labelsets").mkdir()
     for labelset in labelsets:
-        shutil.copyfile(labelset, out / "labelsets" / labelset.name)
-    (out / "MODEL_CARD.md").write_text(_card(card), encoding="utf-8")
+        # As it is read, with every template filled: what stands elsewhere is not there where the bundle goes.
+        text = to_yaml(load_labelset(labelset))
+        (out / "labelsets" / labelset.name).write_text(text, encoding="utf-8")
 
 
 def _window(preprocess: PreprocessConfig) -> str:
@@ -81,6 +93,12 @@ def _window(preprocess: PreprocessConfig) -> str:
         return "center {:g}, width {:g}".format(*preprocess.window)
     stretched = "percentiles {:g} to {:g}".format(*preprocess.percentiles)
     return f"the file's VOI LUT or window, then {stretched}" if preprocess.window == "file" else stretched
+
+
+def _channels(model_cfg: dict[str, Any]) -> str:
+    if model_cfg["vision_cfg"].get("in_chans", 3) == 1:
+        return "one channel, colour is made grey before"
+    return "greyscale is repeated over three channels"
 
 
 def finish_bundle(out: Path, command: str, facts: dict[str, Any]) -> dict[str, Any]:
@@ -136,7 +154,12 @@ def versions() -> dict[str, str]:
     return {"medclip_lab": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
 
 
-def _card(facts: dict[str, Any]) -> str:
+def _card(facts: dict[str, Any], model_cfg: dict[str, Any]) -> str:
+    plain = 'or with plain open_clip:\n`open_clip.create_model_from_pretrained("local-dir:this folder")`'
+    if beyond := beyond_open_clip(model_cfg):
+        plain = f"only: plain open_clip does not know {' and '.join(beyond)}"
+    elif "hf_config" in model_cfg["text_cfg"]:
+        plain = 'or, started in this folder, plain\nopen_clip: `open_clip.create_model_from_pretrained("local-dir:.")`'
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     return f"""---
 license: other
@@ -152,6 +175,5 @@ The embeddings are as private as the images and reports they were made of.
 |---|---|
 {rows}
 
-Open it with `medclip_lab.load("this folder")` or with plain open_clip:
-`open_clip.create_model_from_pretrained("local-dir:this folder")`.
+Open it with `medclip_lab.load("this folder")` {plain}.
 """

@@ -17,9 +17,12 @@ from medclip_lab.data.preprocess import Preprocess, PreprocessConfig, stack
 from medclip_lab.errors import UserError
 from medclip_lab.files import read_json
 from medclip_lab.inference.bundle import PREPROCESS, open_bundle
+from medclip_lab.inference.calibration import Calibration
 from medclip_lab.inference.classifier import ScoreType, ZeroShotClassifier
 from medclip_lab.inference.labelset import LabelSet, load_labelset
-from medclip_lab.models.dual_encoder import DualEncoder, load_named, quiet
+from medclip_lab.inference.prompts import encode_prompts
+from medclip_lab.models.dual_encoder import DualEncoder
+from medclip_lab.models.spec import load_folder, quiet
 
 T = TypeVar("T")
 
@@ -37,7 +40,7 @@ def load(bundle: str | os.PathLike[str], device: str = "auto") -> "Encoder":
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     preprocess = PreprocessConfig.from_record(read_json(folder / PREPROCESS, "bundle"))
-    model = DualEncoder(load_named(f"local-dir:{folder}", None), preprocess)
+    model = DualEncoder(load_folder(folder)[0], preprocess)
     with quiet():
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     return Encoder(folder, manifest, model.to(device).eval(), tokenizer, preprocess)
@@ -100,27 +103,61 @@ class Encoder:
         ]
         return np.concatenate(rows) if rows else self._nothing()
 
+    def encode_prompts(self, texts: Sequence[str], truncate: bool = False) -> NDArray[np.float32]:
+        """Embeddings of many short texts, sorted by length so that little padding is computed.
+
+        Args:
+            truncate: cut texts that are longer than the context, the end token kept.
+
+        Returns:
+            float32 [N, D], unit norm.
+
+        Raises:
+            PromptTooLongError: a text is longer than the context.
+        """
+        return encode_prompts(self.model.model, self.tokenizer, texts, self.model.mean.device, truncate)
+
     def zero_shot_classifier(
-        self, labelset: str | Path | LabelSet = "chexpert14", score_type: ScoreType | None = None
+        self,
+        labelset: str | Path | LabelSet = "chexpert14",
+        score_type: ScoreType | None = None,
+        *,
+        temperature: float | None = None,
+        batch_zscore: bool = False,
+        truncate: bool = False,
+        calibrated: bool = True,
     ) -> ZeroShotClassifier:
-        """A classifier for a label set: the bundle's own file if it was exported with it, else built from prompts.
+        """A classifier for a label set: the bundle's own prompts if it was exported with it, else encoded now.
 
         Args:
             labelset: name of a shipped set, a YAML file, or a LabelSet.
-            score_type: the rule of scoring, see `ZeroShotClassifier`; None takes the one that fits the model.
-        """
-        wanted = labelset if isinstance(labelset, LabelSet) else self._labelset(labelset)
-        stored = self.folder / "classifiers" / f"{wanted.name}.safetensors"
-        if str(stored.relative_to(self.folder)) in self.manifest["files"]:
-            classifier = ZeroShotClassifier.load(stored)
-            if classifier.labelset_hash == wanted.hash and score_type in (None, classifier.score_type):
-                return classifier.with_encoder(self)
-        built = ZeroShotClassifier.from_prompts(
-            wanted, self.encode_texts, self.logit_scale, self.logit_bias, score_type
-        )
-        return built.with_encoder(self)
+            score_type, temperature, batch_zscore: the rule of scoring, see `ZeroShotClassifier`; None takes the one
+                that fits the model.
+            truncate: cut prompts that are longer than the context instead of refusing them.
+            calibrated: give probabilities and decisions where the bundle has a calibration for this set and rule.
 
-    def _labelset(self, name: str | Path) -> LabelSet:
+        Raises:
+            UserError: no such set, a prompt too long, or a rule that does not fit.
+        """
+        wanted = labelset if isinstance(labelset, LabelSet) else self.labelset(labelset)
+        classifier = self._stored(wanted) or ZeroShotClassifier.from_prompts(
+            wanted, lambda texts: self.encode_prompts(texts, truncate), self.logit_scale, self.logit_bias
+        )
+        classifier = classifier.with_rule(score_type, temperature=temperature, batch_zscore=batch_zscore)
+        calibration = Calibration.load(self.folder, wanted.name) if calibrated else None
+        if calibration is not None and calibration.fits(classifier.rule, wanted.hash):
+            classifier.calibration = calibration
+        return classifier.with_encoder(self)
+
+    def _stored(self, labelset: LabelSet) -> ZeroShotClassifier | None:
+        path = self.folder / "classifiers" / f"{labelset.name}.safetensors"
+        if path.relative_to(self.folder).as_posix() not in self.manifest["files"]:
+            return None
+        stored = ZeroShotClassifier.load(path)
+        return stored if stored.labelset_hash == labelset.hash else None
+
+    def labelset(self, name: str | Path) -> LabelSet:
+        """The label set of that name: the one the bundle carries, else a shipped one or a YAML file."""
         carried = f"labelsets/{name}.yaml"
         return load_labelset(self.folder / carried if carried in self.manifest["files"] else name)
 

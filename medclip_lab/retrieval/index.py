@@ -1,158 +1,178 @@
-"""A FAISS index over embeddings, the table of what its ids mean, and its measured recall."""
+"""An opened index: the nearest vectors to a query, and the rows they stand for."""
 
+import math
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from medclip_lab.errors import UserError
-from medclip_lab.files import atomic_folder, existing_folder, read_json, refuse_to_replace, sha256, write_json
-from medclip_lab.retrieval.embed import MODALITIES, read_embeddings
+from medclip_lab.retrieval.build import Folders, strictest
+from medclip_lab.retrieval.embeddings import Floats, Rows
+from medclip_lab.retrieval.filters import Where, mask
+from medclip_lab.retrieval.gallery import Groups
+from medclip_lab.retrieval.parameters import Parameters
+from medclip_lab.retrieval.recall import search as found
+from medclip_lab.retrieval.search import Hit, Store
+from medclip_lab.retrieval.selection import Selection, decoded, harder, nearest_of, select
+from medclip_lab.retrieval.store import Opened
 
-FORMAT = "medclip-lab-index/1"
-INDEX, IDS, MANIFEST = "index.faiss", "ids.parquet", "manifest.json"
-RECALL_QUERIES = 500
-
-
-def import_faiss() -> Any:
-    """The faiss module.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import faiss
-    except ImportError:
-        raise UserError("faiss is not installed: pip install 'medclip_lab[cpu]', or [gpu] for CUDA 13") from None
-    return faiss
+__all__ = ["Hit", "Index", "open_index"]
 
 
-@dataclass(frozen=True)
-class Hit:
-    """One answer of a search."""
+class Index(Store):
+    """An opened index folder. `open_index` makes one. Any number of threads may search it."""
 
-    rank: int
-    score: float
-    """Cosine similarity."""
-    id: int
-    study_id: str
-    row: dict[str, Any]
-    """Everything the table knows of it; report text only if the index holds it."""
-
-
-class Index:
-    """An opened index folder. `open_index` makes one."""
-
-    def __init__(self, folder: Path, index: Any, ids: pa.Table, manifest: dict[str, Any]) -> None:
-        self.folder = folder
-        self.manifest = manifest
-        self._index = index
-        self._ids = ids
+    def __init__(self, opened: Opened) -> None:
+        self.folder, self.manifest = opened.folder, opened.manifest
+        self.index, self.table = opened.index, opened.rows
+        self.groups = Groups(opened.starts, opened.members)
+        self.removed = opened.removed
+        self.dim = int(self.index.d)
+        self._alone = len(self.groups.members) == self.index.ntotal
+        """Every row has a vector of its own."""
+        self._ids: Rows = self.table["id"].to_numpy()
+        self._dead = np.isin(self._ids, self.removed) if len(self.removed) else None
+        # What is not asked for is not read.
+        self._textless = self.table.drop_columns([name for name in self.table.column_names if name == "text"])
 
     def __len__(self) -> int:
-        return int(self._index.ntotal)
+        """Rows that can be found."""
+        return int(self.table.num_rows) - len(self.removed)
 
-    def search(self, queries: NDArray[np.float32], k: int = 10) -> list[list[Hit]]:
-        """The k nearest of each query by cosine, best first; fewer if the index holds fewer.
+    def fingerprint(self) -> str:
+        """Of the vectors and of what is removed among them."""
+        files = self.manifest["files"]
+        return "-".join(str(files[role]["sha256"]) for role in ("vectors", "removed") if role in files)
 
-        Args:
-            queries: [Q, D] or [D], unit norm, of the bundle the index was built with.
+    def parameters(self, direction: str | None = None) -> Parameters:
+        """How thoroughly queries of a direction have to be searched; None is for all.
 
         Raises:
-            UserError: wrong width, vectors not finite or not unit norm, k below 1.
+            UserError: the index was not measured with such queries.
         """
-        vectors = np.ascontiguousarray(np.atleast_2d(queries), dtype=np.float32)
-        if vectors.shape[1] != self._index.d:
-            raise UserError(f"search: queries have {vectors.shape[1]} dimensions, the index has {self._index.d}")
-        if k < 1:
-            raise UserError(f"search: k must be at least 1, got {k}")
-        norms = np.linalg.norm(vectors, axis=1)
-        if not np.isfinite(norms).all() or (len(norms) and np.abs(norms - 1).max() > 1e-3):
-            raise UserError("search: queries must be finite vectors of norm 1")
-        scores, ids = self._index.search(vectors, min(k, len(self)))
-        return [
-            [self._hit(rank, float(s), int(i)) for rank, (s, i) in enumerate(zip(*row, strict=True), 1) if i >= 0]
-            for row in zip(scores, ids, strict=True)
-        ]
+        known = self.manifest["parameters"]
+        if direction is None:
+            return strictest(known)
+        if direction not in known:
+            raise UserError(f"search: {self.folder} was measured with {', '.join(known)} queries, not with {direction}")
+        return Parameters(**known[direction])
 
-    def _hit(self, rank: int, score: float, identifier: int) -> Hit:
-        row = self._ids.slice(identifier, 1).to_pylist()[0]
-        return Hit(rank, score, identifier, row["study_id"], row)
+    def near(
+        self, vectors: Floats, k: int, where: Where, direction: str | None, parameters: Parameters | None
+    ) -> tuple[list[list[float]], list[list[int]]]:
+        """As `Store.near`."""
+        chosen = self._select(where) if where else None
+        scores, rows = self.nearest(vectors, k, parameters or self.parameters(direction), chosen)
+        return scores, [[int(self._ids[row]) for row in those] for those in rows]
 
+    def _select(self, where: Where) -> Selection:
+        met = mask(self.table, where)
+        return select(met if self._dead is None else met & ~self._dead, self.groups)
 
-def build_index(
-    embeddings: str | Path, out: str | Path, modality: str = "image", include_text: bool = False
-) -> dict[str, Any]:
-    """Build an exact index over one modality of an embeddings folder; returns its manifest.
+    def nearest(
+        self, vectors: Floats, k: int, parameters: Parameters, chosen: Selection | None = None
+    ) -> tuple[list[list[float]], list[list[int]]]:
+        """Scores and rows of the table for each query, best first, k or all that may be found."""
+        scores: list[list[float]] = [[] for _ in vectors]
+        rows: list[list[int]] = [[] for _ in vectors]
+        left = len(self) if chosen is None else int(chosen.rows.sum())
+        k, total, selector = min(k, left), self.index.ntotal, None
+        waiting = np.arange(len(vectors)) if k else np.empty(0, np.int64)
+        wanted = min(k, total)
+        narrow = chosen is not None and chosen.narrow
+        if chosen is not None and k and not narrow:
+            selector = chosen.selector(self.index)
+            parameters = harder(parameters, chosen.share)
+            wanted = wanted if selector is not None else min(total, math.ceil(k / chosen.share))
+        while len(waiting) and not narrow:
+            near = found(self.index, vectors[waiting], wanted, parameters, selector)
+            at_once = len(waiting) == len(vectors) and chosen is None and self._alone and self._dead is None
+            if at_once and (near[1] >= 0).all():
+                return near[0].tolist(), self.groups.members[near[1]].tolist()
+            for query, near_scores, near_vectors in zip(waiting, *near, strict=True):
+                scores[query], rows[query] = self._expand(near_scores, near_vectors, k, chosen)
+            # Rows that are no answers took places, or the lists that were read hold fewer than k: look further.
+            waiting = np.array([query for query in waiting if len(rows[query]) < k], np.int64)
+            before, wanted = (wanted, parameters), min(2 * wanted, total)
+            parameters = parameters.wider(self.index)
+            if before == (wanted, parameters):
+                break  # a graph has corners that no search comes to
+        if len(waiting):
+            among = np.arange(total) if chosen is None else chosen.vectors
+            # A vector that stands for removed rows alone takes a place and gives nothing.
+            places = k if chosen is not None else k + len(self.removed)
+            near = nearest_of(self.index, vectors[waiting], places, among)
+            for query, near_scores, near_vectors in zip(waiting, *near, strict=True):
+                scores[query], rows[query] = self._expand(near_scores, near_vectors, k, chosen)
+        return scores, rows
 
-    Recall is measured in both query directions against a plain matrix product, with the folder's own vectors of
-    either modality as queries.
+    def _expand(self, scores: Floats, vectors: Rows, k: int, chosen: Selection | None) -> tuple[list[float], list[int]]:
+        """The rows that vectors stand for, those of a vector in the order of their ids."""
+        of_rows: list[float] = []
+        found_rows: list[int] = []
+        for score, vector in zip(scores, vectors, strict=True):
+            if vector < 0:
+                continue
+            for row in self.groups.of(int(vector)):
+                if (self._dead is None or not self._dead[row]) and (chosen is None or chosen.rows[row]):
+                    found_rows.append(int(row))
+                    of_rows.append(float(score))
+            if len(found_rows) >= k:
+                break
+        return of_rows[:k], found_rows[:k]
 
-    Args:
-        include_text: keep report text in the table; the embeddings must hold it.
+    def ids(self, where: Where) -> Rows:
+        """Ids of all rows that meet the conditions, ascending."""
+        met = mask(self.table, where)
+        return np.asarray(self._ids[met if self._dead is None else met & ~self._dead])
 
-    Raises:
-        UserError: no usable embeddings, no faiss, text asked for and not there, `out` holds something else.
-    """
-    faiss = import_faiss()
-    if modality not in MODALITIES:
-        raise UserError(f"index: modality {modality!r} is unknown, one of {', '.join(MODALITIES)} expected")
-    out = Path(out).expanduser()
-    refuse_to_replace(out, MANIFEST, (FORMAT,), "index")
-    gallery, table, facts = read_embeddings(embeddings, modality)
-    if include_text and "text" not in table.column_names:
-        raise UserError("index: the embeddings hold no report text: embed again with --include-text")
-    if not include_text and "text" in table.column_names:
-        table = table.drop_columns(["text"])
-    table = table.add_column(0, "id", pa.array(range(len(gallery)), pa.int64()))
+    def vectors(self, ids: Sequence[int]) -> Floats:
+        """float32 [len(ids), D] of some rows, as the index holds them.
 
-    index = faiss.IndexIDMap2(faiss.IndexFlatIP(gallery.shape[1]))
-    index.add_with_ids(gallery, np.arange(len(gallery), dtype=np.int64))
-    recall = {}
-    for direction in MODALITIES:
-        try:
-            queries = read_embeddings(embeddings, direction)[0]
-        except UserError:
-            continue  # a corpus of one modality has one direction
-        recall[direction] = measure_recall(index, queries, gallery)
-    with atomic_folder(out) as folder:
-        faiss.write_index(index, str(folder / INDEX))
-        pq.write_table(table, folder / IDS)
-        manifest = {
-            "format": FORMAT,
-            "modality": modality,
-            "bundle": facts["bundle"],
-            "size": len(gallery),
-            "dim": int(gallery.shape[1]),
-            "factory": "IDMap2,Flat",
-            "metric": "inner product of unit vectors",
-            "faiss": faiss.__version__,
-            "text_included": include_text,
-            "recall_at_10": recall,
-            "sha256": {name: sha256(folder / name) for name in (INDEX, IDS)},
-        }
-        write_json(folder / MANIFEST, manifest)
-    return manifest
+        Raises:
+            UserError: there is no such id.
+        """
+        return decoded(self.index, self._vector_of[[self._place(number) for number in ids]])
 
+    def rows(self, ids: Sequence[int], text: bool = False) -> list[dict[str, Any]]:
+        """Rows of the table, read from the disk when they are asked for.
 
-def measure_recall(index: Any, queries: NDArray[np.float32], gallery: NDArray[np.float32], k: int = 10) -> float:
-    """Share of the k truly nearest that the index returns, over evenly spaced queries."""
-    chosen = queries[:: max(1, len(queries) // RECALL_QUERIES)][:RECALL_QUERIES]
-    k = min(k, len(gallery))
-    scores = chosen @ gallery.T
-    # Vectors that tie with the k-th are as right as it is: identical reports have identical embeddings.
-    threshold = np.partition(scores, -k, axis=1)[:, -k] - 1e-6
-    found = index.search(np.ascontiguousarray(chosen), k)[1]
-    return float((np.take_along_axis(scores, found, axis=1) >= threshold[:, None]).mean())
+        Raises:
+            UserError: there is no such id.
+        """
+        return [self.row(self._place(number), text) for number in ids]
+
+    def add(self, embeddings: Folders) -> dict[str, Any]:
+        """Add embeddings to the folder: see `update.add_to_index`. This object goes on with what it opened."""
+        from medclip_lab.retrieval.update import add_to_index
+
+        return add_to_index(self.folder, embeddings)
+
+    @cached_property
+    def _vector_of(self) -> Rows:
+        """[N] number of the vector that stands for each row."""
+        vector_of = np.empty(len(self.groups.members), np.int64)
+        vector_of[self.groups.members] = np.repeat(np.arange(self.index.ntotal), np.diff(self.groups.starts))
+        return vector_of
+
+    def row(self, number: int, text: bool = False) -> dict[str, Any]:
+        """A row by its place in the table."""
+        row: dict[str, Any] = (self.table if text else self._textless).slice(number, 1).to_pylist()[0]
+        return row | {"labels": dict(row.get("labels") or ())}
+
+    def _place(self, identifier: int) -> int:
+        place = int(np.searchsorted(self._ids, identifier))
+        if place == len(self._ids) or self._ids[place] != identifier or (self._dead is not None and self._dead[place]):
+            raise UserError(f"index: {self.folder} holds no id {identifier}")
+        return place
 
 
 def open_index(folder: str | os.PathLike[str], bundle_fingerprint: str | None = None) -> Index:
-    """Open an index folder after checking its hashes.
+    """Open an index folder after checking its hashes; vectors and rows stay on the disk until they are needed.
 
     Args:
         bundle_fingerprint: of the encoder that will ask; embeddings of another model do not compare.
@@ -160,24 +180,4 @@ def open_index(folder: str | os.PathLike[str], bundle_fingerprint: str | None = 
     Raises:
         UserError: no index, files changed, a newer faiss wrote it, or another bundle built it.
     """
-    path = existing_folder(folder, "index")
-    manifest = read_json(path / MANIFEST, "index")
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"index: {path / MANIFEST} has format {manifest.get('format')!r}, not {FORMAT!r}")
-    if bundle_fingerprint is not None and manifest["bundle"] != bundle_fingerprint:
-        raise UserError(
-            f"index: {path} was built with bundle {manifest['bundle'][:12]}, not with {bundle_fingerprint[:12]}: "
-            "embed and index again with this bundle"
-        )
-    for name, expected in manifest["sha256"].items():
-        file = path / name
-        if not file.is_file() or sha256(file) != expected:
-            raise UserError(f"index: {file} is missing or was changed since it was built: index again")
-    faiss = import_faiss()
-    try:
-        index = faiss.read_index(str(path / INDEX))
-    except RuntimeError:
-        raise UserError(
-            f"index: faiss {faiss.__version__} cannot read {path / INDEX}, written by faiss {manifest['faiss']}"
-        ) from None
-    return Index(path, index, pq.read_table(path / IDS), manifest)
+    return Index(Opened(Path(folder), bundle_fingerprint))

@@ -3,19 +3,26 @@
 import hashlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from medclip_lab import distributed
 from medclip_lab.data.pipeline import Batch
 from medclip_lab.errors import UserError
 from medclip_lab.losses.diagnostics import diagnose
 from medclip_lab.losses.functional import row_ids
 from medclip_lab.models.dual_encoder import DualEncoder, Features
+from medclip_lab.models.tokens import TOKENS
+from medclip_lab.training.freezing import Freezing
 from medclip_lab.training.gradient_cache import in_chunks, refuse_batch_statistics
-from medclip_lab.training.optim import OptimConfig, build_optimizer, lr_factor
+from medclip_lab.training.gradients import clip, global_norm, separate
+from medclip_lab.training.optim import OptimConfig, build_optimizer, parameter_groups
+from medclip_lab.training.precision import full_float32
+from medclip_lab.training.rules import treatments
+from medclip_lab.training.teacher import Teacher
 
 SCALE_RANGE = (1.0, 100.0)  # Radford et al. 2021: a larger scale makes training unstable
 
@@ -31,6 +38,7 @@ class ContrastiveModule(LightningModule):
         gradient_cache: rows of a tower's forward; 0 takes the whole batch at once.
         diagnose_every: steps between diagnostics of the batch; 0 never.
         finish: makes ready, on this device, what the loader left of a batch.
+        teacher: whose features a loss may ask for, as "teacher_image_features".
     """
 
     def __init__(
@@ -42,6 +50,7 @@ class ContrastiveModule(LightningModule):
         gradient_cache: int = 0,
         diagnose_every: int = 0,
         finish: Callable[[Batch, torch.device], Batch] | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -51,6 +60,20 @@ class ContrastiveModule(LightningModule):
         self.gradient_cache = gradient_cache
         self.diagnose_every = diagnose_every
         self.finish = finish
+        self.terms_now: dict[str, Tensor] = {}
+        """Of the step that is being made."""
+        self.teacher = teacher
+        self.grad_norm: Tensor | None = None
+        """Of the last step, before clipping."""
+        self.treated = treatments(encoder.model, optim, steps, loss)
+        self.freezing = Freezing(encoder.model, self._parameters_by_name, self.treated)
+        wanted = (*getattr(loss, "inputs", ()), *getattr(loss, "optional_inputs", ()))
+        encoder.tokens = frozenset(TOKENS) & frozenset(wanted)
+        if gradient_cache and encoder.tokens:
+            raise UserError(
+                f"trainer.gradient_cache: {type(loss).__name__} takes {', '.join(sorted(encoder.tokens))}, which are "
+                "not kept in chunks: set it to 0"
+            )
         if gradient_cache:
             refuse_batch_statistics(encoder.model, gradient_cache)
 
@@ -59,11 +82,28 @@ class ContrastiveModule(LightningModule):
 
     def features(self, batch: Batch) -> Features:
         """Features of every modality, and second view of one, that the batch holds."""
-        if not self.gradient_cache:
+        rows = self.rows_at_a_time()
+        if not rows:
             features: Features = self.encoder(batch)
             return features
         towers = self.encoder.towers_of(batch).items()
-        return {name: in_chunks(tower, batch[name], self.gradient_cache) for name, tower in towers}
+        return {name: in_chunks(tower, batch[name], rows) for name, tower in towers}
+
+    def rows_at_a_time(self) -> int:
+        """Of a tower; 0 for all."""
+        return self.gradient_cache
+
+    def given(self, batch: Batch) -> Features:
+        """What the loss may see of a batch: features of the towers, and of a teacher."""
+        if not batch["image_id"] and not batch["text_id"]:
+            # Many a tower cannot take no rows, and under FSDP2 every rank must call it: one row, and nothing of it.
+            one = {name: rows.new_zeros(1, *rows.shape[1:]) for name, rows in batch.items() if isinstance(rows, Tensor)}
+            found = self.given(batch | one | {"image_id": ["none"]})
+            return {name: value[:0] if value.ndim else value for name, value in found.items()}
+        features = self.features(batch)
+        if self.teacher is not None:
+            features |= self.teacher.features(batch, self.device, self.gradient_cache)
+        return features
 
     def terms(self, batch: Batch, diagnose_too: bool = False) -> dict[str, Tensor]:
         """The loss of a batch under "loss" and its parts by name.
@@ -71,12 +111,12 @@ class ContrastiveModule(LightningModule):
         Raises:
             UserError: the batch lacks what the loss needs.
         """
-        features = self.features(batch)
+        features = self.given(batch)
         paired = bool(getattr(self.loss, "paired", True))
         wanted = getattr(self.loss, "inputs", ())
-        given = {name: _input(name, features, batch) for name in (*wanted, *getattr(self.loss, "optional_inputs", ()))}
+        inputs = {name: _input(name, features, batch) for name in (*wanted, *getattr(self.loss, "optional_inputs", ()))}
         missing = [name for name in ("image", "text") if name not in batch]
-        missing += [name for name in wanted if given[name] is None]
+        missing += [name for name in wanted if inputs[name] is None]
         if missing:
             raise UserError(f"{type(self.loss).__name__} needs {', '.join(missing)}, and a batch has none: check data")
         if paired and batch["image_id"] != batch["text_id"]:
@@ -84,14 +124,15 @@ class ContrastiveModule(LightningModule):
                 f"{type(self.loss).__name__} needs an image and a text of every study; some have one only. "
                 "Train on paired sources, or with a loss on labels such as SoftTargetClipLoss"
             )
-        terms: dict[str, Tensor] = self.loss(
-            features["image"],
-            features["text"],
-            self.encoder.logit_scale,
-            self.encoder.logit_bias,
-            **{name: value for name, value in given.items() if value is not None},
-            output_dict=True,
-        )
+        with full_float32():
+            terms: dict[str, Tensor] = self.loss(
+                features["image"],
+                features["text"],
+                self.encoder.logit_scale,
+                self.encoder.logit_bias,
+                **{name: value for name, value in inputs.items() if value is not None},
+                output_dict=True,
+            )
         terms = {"loss": terms.pop("contrastive_loss"), **terms}
         if diagnose_too:
             text_ids = row_ids(batch["text"])
@@ -102,25 +143,67 @@ class ContrastiveModule(LightningModule):
     def training_step(self, batch: Batch, index: int) -> dict[str, Tensor]:
         # The step that ends with this batch is the one the metrics file writes down.
         terms = self.terms(batch, bool(self.diagnose_every) and (self.global_step + 1) % self.diagnose_every == 0)
-        if not torch.isfinite(terms["loss"]):
-            keys = ", ".join([*batch["image_id"], *batch["text_id"]][:8])
-            raise UserError(f"the loss of step {self.global_step} is {terms['loss'].item()}; its studies: {keys} ...")
+        self.terms_now, self.grad_norm = {name: value.detach() for name, value in terms.items()}, None
         return terms
+
+    def on_validation_epoch_start(self) -> None:
+        self._validated = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum of losses by row, and rows
 
     def validation_step(self, batch: Batch, index: int) -> None:
         terms = self.terms(batch)
-        self.log("val_loss", terms.get("excess_loss", terms["loss"]), batch_size=len(batch["image_id"]), sync_dist=True)
+        rows = len(batch["image_id"])
+        loss = terms.get("excess_loss", terms["loss"])
+        self._validated += torch.stack([loss.double() * rows, torch.full_like(loss, rows, dtype=torch.float64)])
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_validation_epoch_end(self) -> None:
+        # Lightning's own mean over ranks divides the count of rows as an integer.
+        total, rows = distributed.all_sum(self._validated)
+        self.log("val_loss", (total / rows).float())
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # Here, and not in a hook after the batch: whoever saves then must see what the next step will start from.
         least, most = getattr(self.loss, "logit_scale_range", None) or SCALE_RANGE
         with torch.no_grad():
             self.encoder.model.logit_scale.clamp_(math.log(least), math.log(most))
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self.freezing.at(self.global_step)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.freezing.set_norms(mode)
+        return self
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        norm = self.measure_gradient(optimizer) if self.grad_norm is None else self.grad_norm
+        if gradient_clip_val:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            clip(parameters, norm, float(gradient_clip_val))
+
+    def measure_gradient(self, optimizer: Any) -> Tensor:
+        """Take the norm of all gradients, on all ranks the same, before they are clipped."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.grad_norm = global_norm(p.grad for p in parameters if p.grad is not None)
+        return self.grad_norm
+
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.encoder.model, self.optim, self.loss)
-        factor = lr_factor(self.steps, self.optim.warmup, self.optim.final_lr)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        towers = {parameter for parameter in self.encoder.model.parameters() if parameter.ndim}
+        groups = separate(parameter_groups(self._parameters_by_name(), self.treated), towers)
+        # A gradient scaler unscales before the clipping, which the fused kernel would do within its step.
+        fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+        optimizer, schedules = build_optimizer(groups, self.optim, fused)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedules)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _parameters_by_name(self) -> dict[str, nn.Parameter]:
+        own = {f"loss.{name}": parameter for name, parameter in self.loss.named_parameters()}
+        return dict(self.encoder.model.named_parameters()) | own
 
 
 def _input(name: str, features: Features, batch: Batch) -> Tensor | None:

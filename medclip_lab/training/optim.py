@@ -1,31 +1,46 @@
-"""Optimizer and learning-rate schedule."""
+"""The optimizer of a run: which one, over which groups of parameters."""
 
-import math
-import re
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import nn
 
 from medclip_lab.errors import UserError
+from medclip_lab.training.rules import Rule, Treatment, of_matrices
+from medclip_lab.training.schedule import Kind, check_share
+
+BETAS, EPS = (0.9, 0.98), 1e-8
 
 
 @dataclass
 class OptimConfig:
-    """AdamW with a linear warm-up and a cosine decay."""
+    """Which optimizer, and how its rate goes over the steps."""
 
+    name: str = "adamw"
+    """"adamw" is torch's, fused on a GPU; "muon", "lion", "lamb", "adafactorbv" or any other name of timm's is timm's;
+    a dotted path ("torch.optim.Adafactor") any torch optimizer."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of its constructor."""
     lr: float = 1e-3
     """Peak learning rate."""
-    lr_factors: dict[str, float] = field(default_factory=dict)
-    """Regular expressions, and what multiplies the rate of the parameters whose names they match from the start, names
-    as open_clip's `model.named_parameters()` gives them; the first match counts. {"text": 0.3} slows the text tower."""
     weight_decay: float = 0.05
     """On matrices and kernels only, never on norms, biases, embeddings of position, scale and bias."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
+    betas: tuple[float, float] = BETAS
+    """Of AdamW. The second is .95 to .98 for large batches, .999 for small ones."""
+    eps: float = EPS
+    """Of AdamW."""
+    rules: list[Rule] = field(default_factory=list)
+    """What is different for some parameters, by their names: rate, decay, freezing, schedule. The last match counts."""
+    schedule: Kind = "cosine"
+    """"cosine", "constant", "rsqrt", or "wsd": constant until a decay at the end."""
     warmup: float = 0.05
-    """Share of the steps in which the rate rises from 0."""
+    """Share of the steps, or number of steps from 1 on, in which the rate rises from 0."""
+    decay: float = 0.2
+    """Share or number of the last steps, in which the rate of "wsd" and "rsqrt" goes down to `final_lr`."""
     final_lr: float = 0.01
     """The rate at the end, as a share of the peak."""
     clip_norm: float = 1.0
@@ -34,61 +49,80 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ValueError(f"optim.lr must be positive, got {self.lr}")
-        if any(factor <= 0 for factor in self.lr_factors.values()):
-            raise ValueError(f"optim.lr_factors must be positive, got {self.lr_factors}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"optim.warmup is a share of the steps in [0, 1), got {self.warmup}")
+        check_share("optim.warmup", self.warmup)
+        check_share("optim.decay", self.decay)
+        if self.schedule == "wsd" and not self.decay:
+            raise ValueError("optim.decay: without a decay at the end, 'wsd' is 'constant': call it so")
+        if not 0 <= self.final_lr <= 1 or self.clip_norm < 0:
+            raise ValueError(
+                f"optim: final_lr is a share in [0, 1] and clip_norm not negative, got {self.final_lr} and "
+                f"{self.clip_norm}"
+            )
+        if self.name != "adamw" and (tuple(self.betas), self.eps) != (BETAS, EPS):
+            raise ValueError(f"optim.betas, optim.eps: those of AdamW; say what {self.name} takes in optim.args")
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig, loss: nn.Module | None = None) -> list[dict[str, object]]:
-    """Groups of the trainable parameters, by rate and by weight decay (none if one-dimensional, or declared so).
+def parameter_groups(
+    parameters: Mapping[str, nn.Parameter], treated: Mapping[str, Treatment | None]
+) -> list[tuple[Treatment, list[nn.Parameter]]]:
+    """The parameters that train at some time, those of one treatment together."""
+    groups: dict[Treatment, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        treatment = treated[name]
+        if treatment is not None:
+            groups.setdefault(treatment, []).append(parameter)
+    return list(groups.items())
+
+
+def build_optimizer(
+    groups: list[tuple[Treatment, list[nn.Parameter]]], config: OptimConfig, fused: bool = False
+) -> tuple[torch.optim.Optimizer, list[Callable[[int], float]]]:
+    """An optimizer over the groups, and the schedule of each.
 
     Args:
-        loss: its parameters train too; their names begin with "loss.".
+        fused: let AdamW take its fused kernel, on a GPU and without a gradient scaler.
 
     Raises:
-        UserError: a pattern of `lr_factors` matches no parameter.
+        UserError: no such optimizer, or arguments it does not take.
     """
-    exempt = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        if callable(getattr(module, "no_weight_decay", None))
-        for name in module.no_weight_decay()
-    }
-    parameters = list(model.named_parameters())
-    if loss is not None:
-        parameters += [(f"loss.{name}", parameter) for name, parameter in loss.named_parameters()]
-    names = [name for name, _ in parameters]
-    for pattern in config.lr_factors:
-        if not any(re.match(pattern, name) for name in names):
-            raise UserError(f"optim.lr_factors: no parameter of the model matches {pattern!r}; one is {names[-1]!r}")
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in parameters:
-        factor = next((factor for pattern, factor in config.lr_factors.items() if re.match(pattern, name)), 1.0)
-        if parameter.requires_grad:
-            decay = 0.0 if parameter.ndim <= 1 or name in exempt else config.weight_decay
-            groups.setdefault((config.lr * factor, decay), []).append(parameter)
-    return [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()]
+    made = [{"params": params, "lr": t.lr, "weight_decay": t.weight_decay} for t, params in groups]
+    schedules = [treatment.schedule.function() for treatment, _ in groups]
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, **config.args}
+    make: Callable[..., torch.optim.Optimizer]
+    if config.name == "adamw":
+        make = torch.optim.AdamW
+        options |= {"betas": tuple(config.betas), "eps": config.eps, "fused": True if fused else None} | config.args
+    elif "." in config.name:
+        make = _by_path(config.name)
+    else:
+        make = _of_timm(config.name)
+        if of_matrices(config):
+            made = [group | {"use_fallback": t.by_adamw} for group, (t, _) in zip(made, groups, strict=True)]
+    try:
+        return make(made, **options), schedules
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optim.args: {config.name} does not take them: {error}") from None
 
 
-def lr_factor(steps: int, warmup: float, final_lr: float) -> Callable[[int], float]:
-    """The schedule as a function of the step: 0 to 1 over the warm-up, then a half cosine down to `final_lr`."""
-    rising = max(1, round(steps * warmup))
-
-    def factor(step: int) -> float:
-        if step < rising:
-            return (step + 1) / rising
-        done = min(1.0, (step - rising) / max(1, steps - rising))
-        return final_lr + (1 - final_lr) * (1 + math.cos(math.pi * done)) / 2
-
-    return factor
+def _by_path(name: str) -> Callable[..., torch.optim.Optimizer]:
+    module, _, attribute = name.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"optim.name: cannot import {name!r}: {error}") from None
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise UserError(f"optim.name: {name!r} is no torch optimizer")
+    return kind
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, loss: nn.Module | None = None) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `model` and of `loss`."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config, loss),
-        lr=config.lr,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
-    )
+def _of_timm(name: str) -> Callable[..., torch.optim.Optimizer]:
+    from functools import partial
+
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    known = list_optimizers()
+    if name not in known:
+        near = get_close_matches(name, ["adamw", *known], n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "known: adamw and those of timm.optim.list_optimizers()"
+        raise UserError(f"optim.name: unknown optimizer {name!r}; {hint}")
+    return partial(create_optimizer_v2, opt=name)

@@ -2,37 +2,170 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
+from sklearn import metrics as sklearn
+from torchmetrics.functional import classification as torchmetrics
 
-from medclip_lab.evaluation.metrics import auroc, interval, patient_weights, retrieval, weighted_auroc
+from medclip_lab.evaluation.metrics import (
+    Classes,
+    Confusion,
+    Ranked,
+    auroc,
+    average_precision,
+    brier,
+    calibration_error,
+    interval,
+    known,
+    patient_weights,
+    reliability,
+    weighted_auroc,
+)
+
+
+@st.composite
+def labelled(draw: Any) -> tuple[Any, Any]:
+    """Scores in eighths, so that many are tied, with labels of any kind, a single class among them."""
+    size = draw(st.integers(2, 40))
+    scores = np.array(draw(st.lists(st.integers(0, 8), min_size=size, max_size=size))) / 8
+    return scores, np.array(draw(st.lists(st.booleans(), min_size=size, max_size=size)))
+
+
+@given(labelled())
+def test_ranking_metrics_equal_scikit_learn(case: Any) -> None:
+    scores, positive = case
+    if positive.all() or not positive.any():
+        for metric in (auroc, average_precision):
+            with pytest.raises(ValueError, match="both classes"):
+                metric(scores, positive)
+        return
+    assert auroc(scores, positive) == pytest.approx(sklearn.roc_auc_score(positive, scores), abs=1e-12)
+    expected = sklearn.average_precision_score(positive, scores)
+    assert average_precision(scores, positive) == pytest.approx(expected, abs=1e-12)
+
+
+@settings(deadline=None)
+@given(labelled(), st.sampled_from([0.0, 0.5, 0.75, 0.8, 0.9, 0.95, 1.0]))
+def test_sensitivity_at_specificity_equals_torchmetrics(case: Any, at: float) -> None:
+    scores, positive = case
+    if positive.all() or not positive.any():
+        return
+    found = Ranked(scores, positive).plain()
+    pair = torch.from_numpy(scores), torch.from_numpy(positive.astype(np.int64))
+    sensitivity = torchmetrics.binary_sensitivity_at_specificity(*pair, min_specificity=at)[0]
+    specificity = torchmetrics.binary_specificity_at_sensitivity(*pair, min_sensitivity=at)[0]
+    # torchmetrics divides in single precision, and so loses a bound that is met exactly now and then.
+    fpr, tpr, _ = sklearn.roc_curve(positive, scores, drop_intermediate=False)
+    assert found.sensitivity_at(at)[0] == pytest.approx(tpr[1 - fpr >= at - 1e-9].max(), abs=1e-12)
+    assert found.specificity_at(at)[0] == pytest.approx((1 - fpr)[tpr >= at - 1e-9].max(), abs=1e-12)
+    assert found.sensitivity_at(at)[0] >= float(sensitivity) - 1e-6
+    assert found.specificity_at(at)[0] >= float(specificity) - 1e-6
+
+
+@given(labelled(), st.integers(0, 8))
+@settings(deadline=None)
+def test_decisions_equal_scikit_learn(case: Any, at: int) -> None:
+    scores, positive = case
+    decided = scores >= at / 8
+    cells = Confusion.of(decided, positive)
+    assert cells.accuracy()[0] == pytest.approx(sklearn.accuracy_score(positive, decided), abs=1e-12)
+    assert cells.mcc()[0] == pytest.approx(sklearn.matthews_corrcoef(positive, decided), abs=1e-12)
+    for found, label in ((cells.sensitivity()[0], 1), (cells.specificity()[0], 0)):
+        if (positive == label).any():
+            assert found == pytest.approx(sklearn.recall_score(positive, decided, pos_label=label), abs=1e-12)
+        else:
+            assert np.isnan(found)
+    if positive.any() or decided.any():
+        assert cells.f1()[0] == pytest.approx(sklearn.f1_score(positive, decided), abs=1e-12)
+    else:
+        assert np.isnan(cells.f1()[0])
+
+
+@given(labelled())
+@settings(deadline=None)
+def test_errors_of_probabilities_equal_peers(case: Any) -> None:
+    scores, positive = case
+    assert brier(scores, positive)[0] == pytest.approx(
+        sklearn.brier_score_loss(positive, scores, labels=[0, 1]), abs=1e-12
+    )
+    pair = torch.from_numpy(scores), torch.from_numpy(positive.astype(np.int64))
+    expected = float(torchmetrics.binary_calibration_error(*pair, n_bins=15, norm="l1"))
+    assert calibration_error(scores, positive)[0] == pytest.approx(expected, abs=1e-6)  # theirs is single precision
+    bins = reliability(scores, positive)
+    assert sum(row["count"] for row in bins) == len(scores)
+    by_bin = sum(row["count"] * abs(row["probability"] - row["positives"]) for row in bins) / len(scores)
+    assert calibration_error(scores, positive)[0] == pytest.approx(by_bin, abs=1e-12)
 
 
 @given(st.data())
-def test_auroc_equals_scikit_learn(data: Any) -> None:
-    size = data.draw(st.integers(2, 40))
-    scores = np.array(data.draw(st.lists(st.integers(0, 6), min_size=size, max_size=size)), dtype=np.float64)  # ties
-    positive = np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
-    if positive.all() or not positive.any():
-        with pytest.raises(ValueError, match="both classes"):
-            auroc(scores, positive)
-    else:
-        assert auroc(scores, positive) == pytest.approx(roc_auc_score(positive, scores), abs=1e-12)
+@settings(deadline=None)
+def test_exclusive_classes_equal_scikit_learn(data: Any) -> None:
+    numbers = st.lists(st.integers(0, 3), min_size=30, max_size=30)
+    truth, decided = np.array(data.draw(numbers)), np.array(data.draw(numbers))
+    cells = Classes.of(decided, truth, 4)
+    assert cells.accuracy()[0] == pytest.approx(sklearn.accuracy_score(truth, decided), abs=1e-12)
+    assert cells.macro_f1()[0] == pytest.approx(sklearn.f1_score(truth, decided, average="macro"), abs=1e-12)
+    assert cells.mcc()[0] == pytest.approx(sklearn.matthews_corrcoef(truth, decided), abs=1e-12)
+    recalls = [(decided[truth == label] == label).mean() for label in np.unique(truth)]
+    assert cells.balanced_accuracy()[0] == pytest.approx(np.mean(recalls), abs=1e-12)
 
 
-def test_weighted_auroc_equals_repeated_samples() -> None:
+def test_weights_mean_repetition() -> None:
     rng = np.random.default_rng(0)
-    scores, positive = rng.integers(0, 8, 50).astype(np.float64), rng.random(50) < 0.4
-    weights = rng.integers(0, 4, (5, 50))
-    for row, value in zip(weights, weighted_auroc(scores, positive, weights.astype(np.float64)), strict=True):
-        repeated = roc_auc_score(np.repeat(positive, row), np.repeat(scores, row))
-        assert value == pytest.approx(repeated, abs=1e-12)
+    scores, positive = rng.integers(0, 8, 60) / 8, rng.random(60) < 0.4
+    weights = rng.integers(0, 4, (5, 60)).astype(np.float64)
+    found = Ranked(scores, positive).under(weights.T)
+    decided, truth = rng.integers(0, 3, 60), rng.integers(0, 3, 60)
+    values = {
+        "auroc": (weighted_auroc(scores, positive, weights), lambda i: auroc(scores[i], positive[i])),
+        "auprc": (found.average_precision(), lambda i: average_precision(scores[i], positive[i])),
+        "sensitivity": (
+            found.sensitivity_at(0.8),
+            lambda i: Ranked(scores[i], positive[i]).plain().sensitivity_at(0.8)[0],
+        ),
+        "specificity": (
+            found.specificity_at(0.8),
+            lambda i: Ranked(scores[i], positive[i]).plain().specificity_at(0.8)[0],
+        ),
+        "brier": (brier(scores, positive, weights.T), lambda i: brier(scores[i], positive[i])[0]),
+        "ece": (
+            calibration_error(scores, positive, weights.T),
+            lambda i: calibration_error(scores[i], positive[i])[0],
+        ),
+        "mcc": (
+            Confusion.of(scores > 0.5, positive, weights.T).mcc(),
+            lambda i: Confusion.of(scores[i] > 0.5, positive[i]).mcc()[0],
+        ),
+        "macro f1": (
+            Classes.of(decided, truth, 3, weights.T).macro_f1(),
+            lambda i: Classes.of(decided[i], truth[i], 3).macro_f1()[0],
+        ),
+    }
+    for name, (together, alone) in values.items():
+        for row, value in zip(weights.astype(int), together, strict=True):
+            repeated = np.repeat(np.arange(60), row)
+            assert value == pytest.approx(alone(repeated), abs=1e-12), name
 
 
-def test_auroc_refuses_what_is_no_number() -> None:
+def test_a_draw_without_one_class_has_no_value() -> None:
+    found = Ranked(np.array([0.1, 0.2, 0.3]), np.array([False, True, True])).under(np.array([[0.0], [1.0], [1.0]]))
+    for value in (found.auroc(), found.sensitivity_at(0.9), found.specificity_at(0.9)):
+        assert np.isnan(value).all()
+    without = Ranked(np.array([0.1, 0.2]), np.array([False, True])).under(np.array([[1.0], [0.0]]))
+    assert np.isnan(without.average_precision()).all()
+
+
+def test_only_numbers_are_ranked() -> None:
     with pytest.raises(ValueError, match="not finite"):
         auroc(np.array([0.1, np.nan]), np.array([True, False]))
+
+
+def test_labels_that_are_not_known_are_left_out() -> None:
+    scores, positive = known(np.array([0.1, 0.2, 0.3]), np.array([1.0, np.nan, 0.0]))
+    assert (scores.tolist(), positive.tolist()) == ([0.1, 0.3], [True, False])
+    with pytest.raises(ValueError, match="labels are 1, 0 or NaN, got -1"):
+        known(np.array([0.1]), np.array([-1.0]))
 
 
 def test_patients_are_drawn_whole() -> None:
@@ -46,45 +179,5 @@ def test_patients_are_drawn_whole() -> None:
     assert (patient_weights(patients, 200, seed=1) != weights).any()
 
 
-def test_interval_covers() -> None:
-    """Over many samples the 95 % interval holds the true AUROC about 95 times in 100."""
-    rng, covered = np.random.default_rng(0), 0
-    truth = 0.760250  # P(N(1, 1) > N(0, 1)), the standard normal at 1 / sqrt(2)
-    for draw in range(150):
-        positive = np.arange(120) < 50
-        scores = rng.normal(size=120) + positive
-        weights = patient_weights([str(i) for i in range(120)], 300, seed=draw)
-        low, high = interval(weighted_auroc(scores, positive, weights))
-        covered += low <= truth <= high
-    assert 0.88 <= covered / 150 <= 0.99
-
-
-def test_retrieval_by_hand() -> None:
-    gallery = np.eye(4)
-    query = np.array([[0.9, 0.1, 0.0, 0.0], [0.9, 0.1, 0.0, 0.0], [0.0, 0.3, 0.2, 0.1]])
-    found = retrieval(query, gallery, ["a", "b", "d"], ["a", "b", "c", "d"], ks=(1, 2, 3))
-    assert found.recall == {1: 1 / 3, 2: 2 / 3, 3: 1.0}  # ranks 1, 2, 3
-    assert found.median_rank == 2
-    assert found.chance == pytest.approx({1: 0.25, 2: 0.5, 3: 0.75})
-
-
-def test_ties_count_against() -> None:
-    same = np.ones((5, 2)) / np.sqrt(2)
-    groups = [str(number) for number in range(5)]
-    assert retrieval(same, same, groups, groups, ks=(1, 5)).recall == {1: 0.0, 5: 1.0}
-
-
-def test_same_text_is_a_positive() -> None:
-    features = np.eye(3)
-    found = retrieval(features[[1, 0, 2]], features, ["normal", "normal", "x"], ["normal", "normal", "x"], ks=(1,))
-    assert found.recall[1] == 1.0
-    assert found.chance[1] == pytest.approx((2 / 3 + 2 / 3 + 1 / 3) / 3)
-
-
-def test_retrieval_does_not_depend_on_the_order_of_the_gallery() -> None:
-    rng = np.random.default_rng(0)
-    query, gallery = rng.normal(size=(30, 6)), rng.normal(size=(30, 6))
-    groups = [str(number // 2) for number in range(30)]
-    order = rng.permutation(30)
-    shuffled = retrieval(query, gallery[order], groups, [groups[row] for row in order])
-    assert shuffled.recall == retrieval(query, gallery, groups, groups).recall
+def test_interval_leaves_out_draws_without_a_value() -> None:
+    assert interval(np.r_[np.linspace(0, 1, 101), np.nan]) == pytest.approx((0.025, 0.975))

@@ -1,60 +1,50 @@
+"""An opened index: what it answers, what it refuses to open, and how it changes as a whole."""
+
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 import pytest
 
 import medclip_lab
-from medclip_lab.data.manifest import Manifest
+from medclip_lab.bench.vectors import Corpus
 from medclip_lab.errors import UserError
-from medclip_lab.inference.encoder import load
-from medclip_lab.retrieval.embed import embed, read_embeddings
-from medclip_lab.retrieval.index import build_index, measure_recall, open_index
+from medclip_lab.files import sha256
+from medclip_lab.retrieval import build, store, update
+from medclip_lab.retrieval.build import build_index
+from medclip_lab.retrieval.choose import Goals
+from medclip_lab.retrieval.embeddings import Embeddings
+from medclip_lab.retrieval.families import import_faiss
+from medclip_lab.retrieval.index import open_index
+from medclip_lab.retrieval.update import add_to_index, remove_from_index
 
 
-@pytest.fixture(scope="module")
-def embeddings(toy_bundle: Path, toy_shards: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("embeddings") / "test"
-    embed(load(toy_bundle, device="cpu"), toy_shards.folder, out, "test", include_text=True)
-    return out
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
 
 
-@pytest.fixture(scope="module")
-def index(embeddings: Path) -> Path:
-    build_index(embeddings, embeddings.parent / "index", "image", include_text=True)
-    return embeddings.parent / "index"
+def features_of(folder: Path, modality: str) -> Any:
+    found = Embeddings(folder).vectors(modality)
+    return found.take(np.arange(len(found)))
 
 
-def test_embeddings_are_those_of_the_encoder(embeddings: Path, toy_bundle: Path, toy_shards: Manifest) -> None:
-    features, table, manifest = read_embeddings(embeddings, "text")
-    assert len(features) == table.num_rows == toy_shards.count("test")
-    expected = load(toy_bundle, device="cpu").encode_texts(table["text"].to_pylist())
-    np.testing.assert_allclose(features, expected, atol=1e-5)
-    assert manifest["bundle"] == load(toy_bundle, device="cpu").fingerprint
+def quiet(_: str) -> None:
+    pass
 
 
-def test_embed_goes_on_and_gives_the_same_bytes(
-    embeddings: Path, toy_bundle: Path, toy_shards: Manifest, tmp_path: Path
-) -> None:
-    copy = Path(shutil.copytree(embeddings, tmp_path / "copy"))
-    manifest = json.loads((copy / "manifest.json").read_text())
-    lost = sorted(manifest["files"])[-1]
-    del manifest["files"][lost]
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    (copy / f"{lost}.image.npy").unlink()
-    with pytest.raises(UserError, match="not finished"):
-        read_embeddings(copy, "image")
-    embed(load(toy_bundle, device="cpu"), toy_shards.folder, copy, "test", include_text=True)
-    for file in embeddings.iterdir():
-        assert (copy / file.name).read_bytes() == file.read_bytes()
-    with pytest.raises(UserError, match="another bundle or other shards"):
-        embed(load(toy_bundle, device="cpu"), toy_shards.folder, copy, "val", include_text=True)
+@pytest.fixture
+def small(made: Path, tmp_path: Path) -> Path:
+    build_index(made, tmp_path / "small", say=quiet)
+    return tmp_path / "small"
 
 
 def test_an_image_finds_itself(index: Path, embeddings: Path) -> None:
-    features, table, _ = read_embeddings(embeddings, "image")
+    features, table = features_of(embeddings, "image"), Embeddings(embeddings).table("image")
     opened = open_index(index)
     assert len(opened) == len(features)
     for row, hits in enumerate(opened.search(features, k=3)):
@@ -67,41 +57,19 @@ def test_an_image_finds_itself(index: Path, embeddings: Path) -> None:
 def test_text_finds_images_with_the_finding(index: Path, toy_bundle: Path) -> None:
     encoder = medclip_lab.load(toy_bundle, device="cpu")
     opened = medclip_lab.open_index(index, bundle_fingerprint=encoder.fingerprint)
-    hits = opened.search(encoder.encode_texts(["The heart is enlarged."]), k=5)[0]
+    hits = opened.search(encoder.encode_texts(["The heart is enlarged."]), k=5, direction="text", with_text=True)[0]
     assert sum("enlarged" in hit.row["text"] for hit in hits) >= 4
+    assert sum(hit.row["labels"]["Cardiomegaly"] for hit in hits) >= 4
 
 
 def test_text_stays_out_unless_asked_for(embeddings: Path, tmp_path: Path) -> None:
-    build_index(embeddings, tmp_path / "private", "image")
-    assert "text" not in pq.read_table(tmp_path / "private" / "ids.parquet").column_names
+    build_index(embeddings, tmp_path / "private", "image", say=quiet)
+    opened = open_index(tmp_path / "private")
+    assert "text" not in opened.table.column_names
     assert not any(b"enlarged" in file.read_bytes() for file in (tmp_path / "private").iterdir())
 
 
-def test_embeddings_without_text_cannot_give_it(toy_bundle: Path, toy_shards: Manifest, tmp_path: Path) -> None:
-    embed(load(toy_bundle, device="cpu"), toy_shards.folder, tmp_path / "e", "test")
-    with pytest.raises(UserError, match="hold no report text"):
-        build_index(tmp_path / "e", tmp_path / "i", include_text=True)
-
-
-def test_manifest_tells_recall_of_both_directions(index: Path) -> None:
-    manifest = json.loads((index / "manifest.json").read_text())
-    assert manifest["recall_at_10"] == {"image": 1.0, "text": 1.0}
-    assert manifest["faiss"]
-
-
-def test_recall_is_measured() -> None:
-    """An index that lacks half of the gallery is found out."""
-    import faiss
-
-    rng = np.random.default_rng(0)
-    gallery = rng.normal(size=(400, 8)).astype(np.float32)
-    gallery /= np.linalg.norm(gallery, axis=1, keepdims=True)
-    half = faiss.IndexIDMap2(faiss.IndexFlatIP(8))
-    half.add_with_ids(gallery[:200], np.arange(200))
-    assert 0.2 < measure_recall(half, gallery, gallery) < 0.8
-
-
-def test_mistakes(index: Path, embeddings: Path, tmp_path: Path) -> None:
+def test_mistakes(index: Path, tmp_path: Path) -> None:
     opened = open_index(index)
     dim = opened.manifest["dim"]
     with pytest.raises(UserError, match="dimensions"):
@@ -113,41 +81,296 @@ def test_mistakes(index: Path, embeddings: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="k must be at least 1"):
         opened.search(np.eye(dim, dtype=np.float32)[:1], k=0)
     assert len(opened.search(np.eye(dim, dtype=np.float32)[0], k=10**6)[0]) == len(opened)
+    assert opened.search(np.empty((0, dim), np.float32)) == []
     with pytest.raises(UserError, match="embed and index again with this bundle"):
         open_index(index, bundle_fingerprint="0" * 64)
-    with pytest.raises(UserError, match="modality 'sound' is unknown"):
-        build_index(embeddings, tmp_path / "x", "sound")
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="choose another folder"):
-        build_index(embeddings, tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         open_index(tmp_path / "none")
+    for identifier in (-1, len(opened), 10**12):
+        with pytest.raises(UserError, match=f"holds no id {identifier}"):
+            opened.rows([identifier])
+    assert opened.rows([3])[0]["id"] == 3
 
 
-@pytest.mark.parametrize("name", ["index.faiss", "ids.parquet"])
-def test_a_changed_index_is_refused_before_faiss_reads_it(index: Path, tmp_path: Path, name: str) -> None:
-    copy = Path(shutil.copytree(index, tmp_path / "copy"))
-    with (copy / name).open("ab") as file:
-        file.write(b"x")
-    with pytest.raises(UserError, match=f"{name} is missing or was changed"):
-        open_index(copy)
+ROLES = ["vectors", "rows", "starts", "members"]
 
 
-def test_changed_embeddings_are_refused(embeddings: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(embeddings, tmp_path / "copy"))
-    file = next(copy.glob("*.image.npy"))
-    features = np.load(file)
-    features[0] = np.nan
-    np.save(file, features)
-    with pytest.raises(UserError, match="was changed since it was written"):
-        build_index(copy, tmp_path / "index")
-    assert not (tmp_path / "index").exists()
+def file_of(folder: Path, role: str) -> Path:
+    return folder / json.loads((folder / "manifest.json").read_text())["files"][role]["name"]
 
 
-def test_shards_of_one_name_are_refused(toy_bundle: Path, toy_shards: Manifest, tmp_path: Path) -> None:
-    """Else the embeddings of the second would be those of the first."""
-    for name in "ab":
-        shutil.copytree(toy_shards.folder, tmp_path / name)
-    with pytest.raises(UserError, match="two of them have the same name"):
-        embed(load(toy_bundle), f"{tmp_path}/{{a,b}}/test-*.tar", tmp_path / "e")
-    assert not (tmp_path / "e").exists()
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: data + b"x",
+        lambda data: data[:-1],
+        lambda data: bytes([data[0] ^ 1]) + data[1:],
+        lambda data: b"",
+    ],
+    ids=["longer", "shorter", "altered", "empty"],
+)
+def test_a_changed_index_is_refused_before_anything_reads_it(
+    small: Path, monkeypatch: pytest.MonkeyPatch, role: str, spoil: Callable[[bytes], bytes]
+) -> None:
+    file = file_of(small, role)
+    file.write_bytes(spoil(file.read_bytes()))
+    monkeypatch.setattr(import_faiss(), "read_index", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(UserError, match=f"{file.name} is missing or was changed since it was written: index again"):
+        open_index(small)
+    file.unlink()
+    with pytest.raises(UserError, match="is missing or was changed"):
+        open_index(small)
+
+
+def test_a_pointer_of_git_lfs_is_named(small: Path) -> None:
+    file_of(small, "vectors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(UserError, match="is a pointer of Git LFS, not the file itself: run git lfs pull"):
+        open_index(small)
+
+
+def resealed(folder: Path, role: str, data: bytes) -> None:
+    """A file replaced together with its hash, as an attacker or a careless tool might."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = manifest["files"][role]
+    (folder / entry["name"]).write_bytes(data)
+    entry |= {"bytes": len(data), "sha256": sha256(folder / entry["name"])}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def edited(folder: Path, **facts: Any) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | facts))
+
+
+def test_an_index_of_a_newer_faiss(small: Path) -> None:
+    edited(small, faiss="99.1.0")
+    assert len(open_index(small)) == 900  # it may well be readable
+    resealed(small, "vectors", b"IxZZ" + file_of(small, "vectors").read_bytes()[4:])
+    with pytest.raises(UserError, match=r"cannot read .*, written by faiss 99\.1\.0: install that version or a newer"):
+        open_index(small)
+    edited(small, faiss="1.0")
+    with pytest.raises(UserError, match=r"written by faiss 1\.0: index again"):
+        open_index(small)
+    assert store.newer("1.15.0", "1.9.3")
+
+
+def test_arrays_may_claim_no_more_bytes_than_the_file_has(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faiss = import_faiss()
+    limit, real, seen = faiss.get_deserialization_vector_byte_limit(), faiss.read_index, []
+
+    def read(*given: Any) -> Any:
+        seen.append(faiss.get_deserialization_vector_byte_limit())
+        return real(*given)
+
+    monkeypatch.setattr(faiss, "read_index", read)
+    open_index(small)
+    assert seen == [file_of(small, "vectors").stat().st_size + store.SLACK]
+    assert faiss.get_deserialization_vector_byte_limit() == limit
+    data = bytearray(file_of(small, "vectors").read_bytes())
+    place = data.index((900 * 24 * 4).to_bytes(8, "little")) if (900 * 24 * 4).to_bytes(8, "little") in data else None
+    place = place if place is not None else data.index((900 * 24).to_bytes(8, "little"))
+    data[place : place + 8] = (10**11).to_bytes(8, "little")
+    resealed(small, "vectors", bytes(data))
+    with pytest.raises(UserError, match="cannot read"):
+        open_index(small)
+
+
+def arrow(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def numbers(path: Path, values: Any) -> bytes:
+    np.save(path, values, allow_pickle=False)
+    return path.with_suffix(".npy").read_bytes()
+
+
+def test_parts_that_do_not_belong_together(small: Path, tmp_path: Path) -> None:
+    whole = Path(shutil.copytree(small, tmp_path / "whole"))
+    rows = open_index(whole).table
+    ids = rows["id"].to_pylist()
+    cases: list[tuple[str, bytes, str]] = [
+        ("rows", arrow(rows.set_column(0, "id", pa.array([*ids[:-1], 5]))), "ids that repeat or do not ascend"),
+        ("rows", arrow(rows.slice(0, 800)), "do not belong together"),
+        ("members", numbers(tmp_path / "m", np.full(900, 900)), "do not belong together"),
+        ("members", numbers(tmp_path / "m", np.full(900, -1)), "do not belong together"),
+        ("starts", numbers(tmp_path / "m", np.arange(901)[::-1]), "do not belong together"),
+    ]
+    for role, data, said in cases:
+        copy = Path(shutil.copytree(whole, tmp_path / "copy", dirs_exist_ok=True))
+        resealed(copy, role, data)
+        with pytest.raises(UserError, match=said):
+            open_index(copy)
+        shutil.rmtree(copy)
+    manifest = json.loads((whole / "manifest.json").read_text())
+    manifest["files"]["rows"]["name"] = "../whole/" + manifest["files"]["rows"]["name"]
+    (whole / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="names a file outside of it"):
+        open_index(whole)
+    edited(whole, files={})
+    with pytest.raises(UserError, match="names no files"):
+        open_index(whole)
+    edited(whole, format="medclip-lab-index/1")
+    with pytest.raises(UserError, match="has format 'medclip-lab-index/1'"):
+        open_index(whole)
+
+
+@pytest.mark.parametrize("where", ["save_index", "save_array"])
+def test_nothing_is_half_written(made: Path, small: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """A full disk: a new index leaves nothing behind, an old one stays as it was."""
+    before = contents(small)
+
+    def full(path: Path, _: Any) -> Path:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(build, where, full)
+    for out in (small, small.parent / "new"):
+        with pytest.raises(OSError, match="No space left"):
+            build_index(made, out, goals=Goals(seed=1), say=quiet)
+    assert contents(small) == before
+    assert not (small.parent / "new").exists()
+    assert sorted(path.name for path in small.parent.iterdir()) == ["small"]
+
+
+def test_faiss_says_when_the_disk_is_full(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="faiss could not write the index"):
+        store.save_index(tmp_path / "none" / "x.faiss", import_faiss().IndexFlatIP(4))
+
+
+def test_a_change_is_seen_as_a_whole_or_not_at_all(
+    made: Path, small: Path, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before the manifest is replaced: the old index. Opened while it is replaced: the new one."""
+    other = replace(corpus, seed=8, size=100)
+    more = renamed(other, tmp_path / "more", "new")
+    before = contents(small)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(path: Path, value: Any) -> None:
+        raise Killed
+
+    real = store.write_json
+    monkeypatch.setattr(store, "write_json", killed)
+    with pytest.raises(Killed):
+        add_to_index(small, more)
+    assert {name: data for name, data in contents(small).items() if name in before} == before
+    assert len(open_index(small)) == 900
+    monkeypatch.setattr(store, "write_json", real)
+    old = open_index(small)
+    read, done = store.Opened._read, []
+
+    def slow(self: Any) -> None:
+        if not done:
+            done.append(add_to_index(small, more))  # another process, while this one had read the manifest only
+        read(self)
+
+    monkeypatch.setattr(store.Opened, "_read", slow)
+    monkeypatch.setattr(update, "Opened", type("Fast", (store.Opened,), {"_read": read}))
+    assert len(open_index(small)) == 1000
+    assert len(contents(small)) == len(before)  # what nothing names any more is gone
+    assert len(old.search(features_of(made, "image")[:2], 3)[0]) == 3  # and who has it open can go on
+
+
+def renamed(corpus: Corpus, folder: Path, name: str) -> Path:
+    """Embeddings of a corpus whose studies have names of their own."""
+    corpus.write(folder)
+    import pyarrow.parquet as pq
+
+    for path in sorted(folder.glob("*/*.parquet")):
+        table = pq.read_table(path)
+        if table.num_rows:
+            ids = pa.array([f"{name}-{study}" for study in table["study_id"].to_pylist()])
+            pq.write_table(table.set_column(0, "study_id", ids), path)
+        shard = path.parent / "shard.json"
+        facts = json.loads(shard.read_text())
+        facts["sha256"][path.name] = sha256(path)
+        shard.write_text(json.dumps(facts))
+    return folder
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQ8", "IVF8,Flat", "HNSW8_SQfp16", "PQ12x4fs,Refine(SQfp16)"])
+def test_added_and_removed(made: Path, corpus: Corpus, tmp_path: Path, factory: str) -> None:
+    out = tmp_path / "i"
+    build_index(made, out, goals=Goals(factory=factory, target_recall=0.9), say=quiet)
+    more = renamed(replace(corpus, seed=8, size=100), tmp_path / "more", "new")
+    manifest = add_to_index(out, more)
+    assert (manifest["size"], manifest["next_id"], manifest["rebuild"]) == (1000, 1000, False)
+    index, added, first = open_index(out), features_of(more, "image"), features_of(made, "image")
+    hits = [found[0] for found in index.search(np.concatenate([first[:3], added[:3]]), 1)]
+    assert [hit.id for hit in hits] == [0, 1, 2, 900, 901, 902]
+    assert hits[3].study_id == "new-study-0"
+    with pytest.raises(UserError, match=r"100 of 100 rows to add are in .* already"):
+        add_to_index(out, more)
+    gone = [f"new-study-{number}" for number in range(100)]
+    removed = remove_from_index(out, gone[:50])
+    assert (removed["size"], len(open_index(out))) == (950, 950)
+    index = open_index(out)
+    for found in index.search(added, 20):
+        assert len(found) == 20
+        assert not {hit.study_id for hit in found} & set(gone[:50])
+        assert [hit.rank for hit in found] == list(range(1, 21))
+    assert len(index.search(added[:1], 5000)[0]) == 950
+    with pytest.raises(UserError, match="holds no id 900"):
+        index.rows([900])
+    with pytest.raises(UserError, match=r"1 of 2 studies to remove are not in .*: none was"):
+        remove_from_index(out, [gone[0], gone[60]])
+    assert len(open_index(out)) == 950
+    again = remove_from_index(out, gone[50:])
+    assert (again["size"], again["changed"]) == (900, {"added": 100, "removed": 100})
+    assert again["rebuild"]  # a fifth of it has changed
+    back = add_to_index(out, more)  # what was removed may come back, under new ids
+    assert back["next_id"] == 1100
+    assert open_index(out).search(added[:1], 1)[0][0].id == 1000
+    anew = build_index([made, more], out, say=quiet)
+    assert (anew["changed"], anew["size"], "rebuild" in anew) == ({"added": 0, "removed": 0}, 1000, False)
+
+
+def test_a_removed_copy_leaves_the_others(made: Path, tmp_path: Path) -> None:
+    build_index(made, tmp_path / "i", "text", say=quiet)
+    index = open_index(tmp_path / "i")
+    group = index.groups.of(int(np.diff(index.groups.starts).argmax()))
+    assert len(group) > 1
+    studies = [index.row(int(row))["study_id"] for row in group]
+    query = features_of(made, "text")[group[0]]
+    assert [hit.study_id for hit in index.search(query, len(group))[0]] == studies
+    remove_from_index(tmp_path / "i", studies[:1])
+    assert [hit.study_id for hit in open_index(tmp_path / "i").search(query, len(group) - 1)[0]] == studies[1:]
+
+
+def test_changes_that_cannot_be(made: Path, small: Path, corpus: Corpus, embeddings: Path, tmp_path: Path) -> None:
+    narrow = replace(corpus, dim=8, size=50).write(tmp_path / "narrow")
+    with pytest.raises(UserError, match=r"have 8 dimensions, .* has 24"):
+        add_to_index(small, narrow)
+    with pytest.raises(UserError, match="was built with bundle"):
+        add_to_index(small, embeddings)
+    with pytest.raises(UserError, match="no such folder"):
+        remove_from_index(tmp_path / "none", ["a"])
+    with (
+        store.changing(small),
+        pytest.raises(UserError, match="is being changed by another process: try again when it is done"),
+    ):
+        remove_from_index(small, ["study-1"])
+
+
+def test_threads_search_one_index(made: Path, tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from medclip_lab.retrieval.parameters import Parameters
+
+    build_index(made, tmp_path / "i", goals=Goals(factory="IVF32,Flat", target_recall=0.9), say=quiet)
+    index, queries = open_index(tmp_path / "i"), features_of(made, "text")[:40]
+
+    def ask(number: int) -> Any:
+        return [[hit.id for hit in hits] for hits in index.search(queries, 5, parameters=Parameters(nprobe=number))]
+
+    alone = {number: ask(number) for number in (1, 4, 32)}
+    assert alone[1] != alone[32]
+    with ThreadPoolExecutor(4) as pool:
+        asked = [1, 4, 32] * 20
+        assert list(pool.map(ask, asked)) == [alone[number] for number in asked]

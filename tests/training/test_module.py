@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from medclip_lab.data.preprocess import PreprocessConfig
 from medclip_lab.errors import UserError
 from medclip_lab.losses import MultiViewClipLoss
-from medclip_lab.models.dual_encoder import DualEncoder, build_spec
+from medclip_lab.models.dual_encoder import DualEncoder
+from medclip_lab.models.spec import build_spec
 from medclip_lab.training.module import ContrastiveModule
 from medclip_lab.training.optim import OptimConfig
+from medclip_lab.training.rules import Rule
 
 
 class ThreeModalities(nn.Module):
@@ -98,3 +100,19 @@ def test_what_is_missing_is_named() -> None:
     poor = {name: value for name, value in batch().items() if name not in ("patient_id", "image_labels")}
     with pytest.raises(UserError, match="OwnLoss needs patient_ids, image_labels, and a batch has none"):
         module.terms(poor)
+
+
+def test_frozen_norms_stand_in_whatever_mode_the_module_is_put() -> None:
+    spec = {
+        "embed_dim": 8,
+        "vision_cfg": {"timm_model_name": "test_resnet", "image_size": 32},
+        "text_cfg": {"context_length": 4, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1},
+    }
+    encoder = DualEncoder(build_spec(spec), PreprocessConfig(size=32))
+    module = ContrastiveModule(encoder, OwnLoss(), OptimConfig(rules=[Rule("visual", freeze=True)]), 10)
+    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+    assert norms
+    for mode in (True, False, True):
+        assert module.train(mode) is module
+        assert module.encoder.model.training == mode
+        assert not any(norm.training for norm in norms)

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,12 +18,11 @@ from medclip_lab.data.reader import Reader
 from medclip_lab.data.sample import Sample
 from medclip_lab.data.shards import write_shards
 from medclip_lab.errors import UserError
-from medclip_lab.models.dual_encoder import build_spec
+from medclip_lab.training import resume
 from medclip_lab.training import run as runs
+from medclip_lab.training.checkpoint_files import read_tensors
 from medclip_lab.training.console import diary
-from medclip_lab.training.optim import OptimConfig, lr_factor, parameter_groups
 from medclip_lab.training.run import RunConfig, train
-from medclip_lab.training.trainer import TrainerConfig, resolve_precision
 
 from ..conftest import toy_samples
 
@@ -41,7 +39,9 @@ def test_training_learns_and_leaves_a_whole_folder(toy_run: Path) -> None:
         "metrics.jsonl",
         "model.json",
         "model.safetensors",
+        "report.html",
         "run.json",
+        "tensorboard",
         "tokenizer",
     }
     assert json.loads((toy_run / "done.json").read_text())["steps"] == 30
@@ -75,12 +75,12 @@ def test_an_interrupted_run_goes_on_where_it_was(
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         train(toy_config(out))
-    assert not (out / runs.DONE).exists()
+    assert not (out / resume.DONE).exists()
     (tmp_path / "again").touch()
     served.clear()
     train(toy_config(out))
     assert served == list(range(10, 30)), "the last checkpoint was that of step 10"
-    assert json.loads((out / runs.DONE).read_text())["resumed_at"] == 10
+    assert json.loads((out / resume.DONE).read_text())["resumed_at"] == 10
     assert [line["step"] for line in diary(out)] == [5, 10, 15, 20, 25, 30]
     expected = load_file(toy_run / runs.WEIGHTS)
     for name, value in load_file(out / runs.WEIGHTS).items():
@@ -127,9 +127,9 @@ def test_losses_that_want_ids_labels_and_parameters_of_their_own(toy_config: Con
     lines = [line for line in diary(out) if "loss" in line]
     for line in lines:
         assert line["loss"] == pytest.approx(line["pairs"] + 0.5 * line["classes"], rel=1e-5)
-    state = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    assert state["loss.terms.classes.prototypes"].shape == (14, 16)
-    assert not torch.equal(state["loss.terms.classes.head.weight"], torch.eye(16)), (
+    state = read_tensors(out / "checkpoints" / "step-00000010")
+    assert state["state_dict/loss.terms.classes.prototypes"].shape == (14, 16)
+    assert not torch.equal(state["state_dict/loss.terms.classes.head.weight"], torch.eye(16)), (
         "the loss's own parameters train too"
     )
 
@@ -146,7 +146,7 @@ def test_two_views_made_ready_on_the_device(toy_config: Config, tmp_path: Path) 
 def test_gradient_cache_changes_nothing(toy_config: Config, tmp_path: Path) -> None:
     tower = "--model.spec.vision_cfg={timm_model_name: test_vit, image_size: 32, timm_pool: avg}"
     # With Adam's usual eps a gradient that is zero but for rounding (the bias of attention's keys) is a full step.
-    settings = [tower, "--trainer.steps=4", "--trainer.log_every=1", "--trainer.checkpoint_every=4", "--optim.eps=1e-3"]
+    settings = [tower, "--trainer.steps=4", "--trainer.log_every=1", "--checkpoint.every=4", "--optim.eps=1e-3"]
     whole = train(toy_config(tmp_path / "whole", *settings))
     cached = train(toy_config(tmp_path / "cached", *settings, "--trainer.gradient_cache=3"))
     for first, second in zip(diary(whole), diary(cached), strict=True):
@@ -161,16 +161,16 @@ def test_a_run_goes_on_with_what_it_was_started_on(
 ) -> None:
     moved = Path(shutil.copytree(toy_run, tmp_path / "moved"))
     assert train(toy_config(moved)) == moved, "where a run lies is no setting of it"
-    facts = json.loads((moved / runs.FACTS).read_text())
+    facts = json.loads((moved / resume.FACTS).read_text())
     facts["shards"] = {"toy": "of yesterday"}
-    (moved / runs.FACTS).write_text(json.dumps(facts))
+    (moved / resume.FACTS).write_text(json.dumps(facts))
     with pytest.raises(UserError, match="the shards changed since"):
         train(toy_config(moved))
 
     begun = Path(shutil.copytree(toy_run, tmp_path / "begun"))
-    (begun / runs.DONE).unlink()
-    facts = json.loads((begun / runs.FACTS).read_text())
-    (begun / runs.FACTS).write_text(json.dumps(facts | {"steps": 31}))
+    (begun / resume.DONE).unlink()
+    facts = json.loads((begun / resume.FACTS).read_text())
+    (begun / resume.FACTS).write_text(json.dumps(facts | {"steps": 31}))
     with pytest.raises(UserError, match="was started with 31 steps, and this would be 30"):
         train(toy_config(begun))
 
@@ -243,7 +243,7 @@ def test_a_run_goes_on_with_other_ranks_as_if_nothing_had_been(
         "--model.spec.vision_cfg={timm_model_name: test_vit, image_size: 32, timm_pool: avg}",
         "--optim.eps=1e-3",  # else a gradient that is zero but for rounding is a full step of Adam's
         "--trainer.steps=8",
-        "--trainer.checkpoint_every=4",
+        "--checkpoint.every=4",
         "--data.augment.degrees=5",
     ]
     whole = train(toy_config(tmp_path / "whole", *settings))
@@ -301,56 +301,3 @@ def test_semantic_loss_trains_on_the_labels(toy_config: Config, tmp_path: Path) 
     model = json.loads((run / "model.json").read_text())["model_cfg"]
     assert not any("bias" in name for name in load_file(run / "model.safetensors") if name.startswith("logit"))
     assert model["custom_text"] is True
-
-
-def test_schedule() -> None:
-    factor = lr_factor(100, warmup=0.1, final_lr=0.01)
-    assert [factor(step) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
-    assert factor(10) == pytest.approx(1.0)
-    assert factor(100) == pytest.approx(0.01)
-    values = [factor(step) for step in range(10, 101)]
-    assert values == sorted(values, reverse=True)
-
-
-def test_groups_by_decay_and_by_rate() -> None:
-    model = build_spec(
-        {
-            "embed_dim": 8,
-            "custom_text": True,
-            "init_logit_bias": -10,
-            "vision_cfg": {"timm_model_name": "test_resnet", "image_size": 32},
-            "text_cfg": {"context_length": 8, "vocab_size": 20, "width": 8, "heads": 1, "layers": 1},
-        }
-    )
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-
-    def groups(**settings: Any) -> dict[tuple[float, float], set[str]]:
-        config = OptimConfig(lr=1.0, weight_decay=0.1, **settings)
-        return {
-            (group["lr"], group["weight_decay"]): {names[id(p)] for p in group["params"]}  # type: ignore[attr-defined, index]
-            for group in parameter_groups(model, config)
-        }
-
-    plain = groups()
-    decayed, kept = plain[1.0, 0.1], plain[1.0, 0.0]
-    assert {"logit_scale", "logit_bias", "text.positional_embedding", "text.ln_final.weight"} <= kept
-    assert {"text.token_embedding.weight", "text.text_projection"} <= decayed
-    assert decayed | kept == set(names.values())
-    assert not decayed & kept
-
-    slow = groups(lr_factors={r"text\.token": 0.5, "text": 0.25})
-    assert slow[0.5, 0.1] == {"text.token_embedding.weight"}
-    assert slow[0.25, 0.0] == {name for name in kept if name.startswith("text.")}
-    assert {"logit_scale", "logit_bias"} <= slow[1.0, 0.0]
-    assert set().union(*slow.values()) == set(names.values())
-    with pytest.raises(UserError, match="no parameter of the model matches 'txet'"):
-        groups(lr_factors={"txet": 0.5})
-
-
-def test_precision_and_config_checks() -> None:
-    assert resolve_precision(TrainerConfig(precision="32-true")) == "32-true"
-    assert resolve_precision(TrainerConfig(accelerator="cpu")) in ("bf16-mixed", "32-true")
-    with pytest.raises(ValueError, match="warmup"):
-        OptimConfig(warmup=1.0)
-    with pytest.raises(ValueError, match="steps"):
-        TrainerConfig(steps=0)

@@ -1,0 +1,118 @@
+"""The least thorough search that reaches a recall: tuned on one half of the queries, confirmed on the other."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from medclip_lab.retrieval.embeddings import Vectors
+from medclip_lab.retrieval.parameters import Parameters, ladders
+from medclip_lab.retrieval.recall import Measured, Queries, measure, single_seconds
+
+MARGIN = 3.0
+"""Standard errors by which the tuned recall must lie above the target, so that fresh queries meet it too."""
+GENEROUS = 64
+"""Candidates reranked for each answer while lists or a graph are set, unless even all of those are not enough."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The parameters of one direction and what they give; `met` if the confirming half reached the target too."""
+
+    parameters: Parameters
+    recall: float
+    """Of the tuning half."""
+    confirmed: float
+    """Of the other half."""
+    met: bool
+    single: float
+    batched: float
+    """Seconds a query, alone and in batches."""
+
+
+def tune(index: Any, queries: Queries, vectors: Vectors, size: int, target: float, margin: float) -> Tuned:
+    """Search parameters for one direction.
+
+    Recall is taken to grow with each setting. First the lists or the graph are set with everything reranked that may
+    be, then as little is reranked as will do, for that setting and the next: what both cost is measured.
+
+    Args:
+        vectors: the rows the index holds, by its own numbers.
+        margin: standard errors by which the tuning half has to pass the target.
+    """
+    steps = ladders(index, size, queries.k)
+    tuning = queries.half(0)
+    seen: dict[Parameters, Measured] = {}
+
+    def asked(parameters: Parameters) -> Measured:
+        if parameters not in seen:
+            seen[parameters] = measure(index, queries, tuning, parameters, vectors)
+        return seen[parameters]
+
+    def enough(parameters: Parameters) -> bool:
+        found = asked(parameters)
+        return found.recall - margin * found.error >= target
+
+    chosen = _cheapest(steps, enough, asked)
+    confirmed = measure(index, queries, queries.half(1), chosen, vectors)
+    while confirmed.recall < target and (more := _more(chosen, steps)) != chosen:
+        chosen = more
+        confirmed = measure(index, queries, queries.half(1), chosen, vectors)
+    found = asked(chosen)
+    return Tuned(
+        chosen,
+        found.recall,
+        confirmed.recall,
+        found.recall >= target and confirmed.recall >= target,
+        single_seconds(index, queries, chosen),
+        confirmed.seconds,
+    )
+
+
+def _cheapest(
+    steps: dict[str, list[int]], enough: Callable[[Parameters], bool], asked: Callable[[Parameters], Measured]
+) -> Parameters:
+    """The quickest parameters that are enough, or the most thorough if none is."""
+    most = Parameters(**{name: values[-1] for name, values in steps.items()})
+    wide = next((name for name in ("nprobe", "ef_search") if name in steps), None)
+    factors = steps.get("k_factor", [])
+    generous = (
+        [replace(most, k_factor=factor) for factor in {min(GENEROUS, factors[-1]), factors[-1]}] if factors else []
+    )
+    candidates: list[Parameters] = []
+    for start in sorted(generous, key=lambda given: given.k_factor or 0) or [most]:
+        if wide is None:
+            candidates = [start]
+        else:
+            place = _first(steps[wide], _with(start, wide, enough))
+            candidates = [replace(start, **{wide: value}) for value in steps[wide][place : place + 2]]
+        if enough(candidates[0]):
+            break
+    else:
+        return most
+    if factors:
+        candidates = [
+            replace(start, k_factor=factors[_first(factors, _with(start, "k_factor", enough))]) for start in candidates
+        ]
+    return min(candidates, key=lambda parameters: asked(parameters).seconds)
+
+
+def _with(start: Parameters, name: str, enough: Callable[[Parameters], bool]) -> Callable[[int], bool]:
+    return lambda value: enough(replace(start, **{name: value}))
+
+
+def _first(values: list[int], enough: Callable[[int], bool]) -> int:
+    """Place of the least value that is enough, or of the last; thorough values, which are slow, are tried last."""
+    low, high, step = 0, 0, 1
+    while high < len(values) - 1 and not enough(values[high]):
+        low, high, step = high + 1, min(high + step, len(values) - 1), 2 * step
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(values[middle]) else (middle + 1, high)
+    return low
+
+
+def _more(parameters: Parameters, steps: dict[str, list[int]]) -> Parameters:
+    """Every setting a step up."""
+    given = parameters.given()
+    higher = {name: next((v for v in values if v > given[name]), values[-1]) for name, values in steps.items()}
+    return Parameters(**higher)

@@ -1,0 +1,200 @@
+"""Protocols: the shipped files load, lists are drawn by rule and nothing else, and results are what they are called."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+
+from medclip_lab.config import load_config, shipped
+from medclip_lab.data.manifest import Manifest
+from medclip_lab.errors import UserError
+from medclip_lab.evaluation.protocol_tasks import _one_of, class_scores, precision_at, run_protocol, summary
+from medclip_lab.evaluation.protocols import ProtocolConfig, Sampling, labels_of, load_protocol, select
+from medclip_lab.inference.encoder import Encoder, load
+
+SHIPPED = sorted(path.stem for path in shipped("protocols").glob("*.yaml"))
+FIVE = ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_protocol_is_well_formed(name: str) -> None:
+    protocol = load_protocol(name)
+    assert protocol.name == name
+    assert protocol.source
+    assert protocol.description
+    if not shipped(f"labelsets/{protocol.labelset}.yaml").exists():
+        pytest.skip(f"label set {protocol.labelset} is not shipped yet")
+    labelset = protocol.label_set()
+    assert set(protocol.sampling.labels if protocol.sampling else []) <= set(labelset.names)
+
+
+def records(studies: int = 400, seed: int = 0) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    found = []
+    for number in range(studies):
+        states = {
+            name: int(value) for name, value in zip(FIVE, rng.choice([1, 0, -1], 5, p=[0.3, 0.5, 0.2]), strict=True)
+        }
+        view = [["LATERAL", "PA"], ["AP"], ["LATERAL"], ["PA", "AP"]][number % 4]
+        found.append({"study_id": f"s{number}", "patient_id": f"p{number // 2}", "labels": states, "view": view})
+    return found
+
+
+def protocol(**changes: Any) -> ProtocolConfig:
+    base = ProtocolConfig(
+        name="mine",
+        task="exclusive",
+        views=["PA", "AP"],
+        sampling=Sampling(labels=FIVE, per_label=5),
+    )
+    return replace(base, **changes)
+
+
+def test_drawn_studies_have_one_finding_and_a_frontal_view() -> None:
+    data = {record["study_id"]: record for record in records()}
+    chosen = select(protocol(), list(data.values()))
+    assert Counter(chosen.classes.values()) == dict.fromkeys(FIVE, 5)
+    for study, name in chosen.classes.items():
+        assert [label for label, state in data[study]["labels"].items() if state == 1] == [name]
+        assert data[study]["view"][chosen.images[study]] in ("PA", "AP")
+    assert chosen.left_out["no image of the views"] == 100
+    assert chosen.images[next(s for s in chosen.images if data[s]["view"][0] == "LATERAL")] == 1
+
+
+@given(order=st.permutations(list(range(60))))
+def test_a_list_does_not_depend_on_the_order_of_the_records(order: list[int]) -> None:
+    data = records(60, seed=1)
+    one = protocol(sampling=Sampling(labels=FIVE[:2], per_label=2))
+    assert select(one, data) == select(one, [data[number] for number in order])
+
+
+def test_another_seed_is_another_list_and_another_hash() -> None:
+    first = select(protocol(), records())
+    second = select(protocol(sampling=Sampling(labels=FIVE, per_label=5, seed=1)), records())
+    assert first.hash != second.hash
+    assert first.classes != second.classes
+    whole = protocol(sampling=None)
+    assert select(whole, records(401)[:400]).hash != select(whole, records(398)).hash
+
+
+def test_too_few_of_a_class_are_said_and_not_filled_up() -> None:
+    with pytest.raises(UserError, match=r"200 studies of Atelectasis \(exclusive\) are needed, split 'test' has"):
+        select(protocol(sampling=Sampling(labels=FIVE, per_label=200)), records())
+    with pytest.raises(UserError, match="has no images of the views OBLIQUE"):
+        select(protocol(views=["OBLIQUE"]), records())
+
+
+def test_a_list_of_ones_own() -> None:
+    chosen = select(protocol(sampling=None), records(), listed=["s3", "s1"])
+    assert set(chosen.images) == {"s1", "s3"}
+    with pytest.raises(UserError, match="1 of 2 studies are not in split 'test'"):
+        select(protocol(sampling=None), records(), listed=["s1", "s9999"])
+
+
+def test_labels_of_lists_and_of_votes() -> None:
+    record = {"finding_labels": ["Pleural_Thickening", "Effusion"], "votes": {"COPD": 1, "Edema": 0}}
+    names = ["Pleural Thickening", "Mass"]
+    assert labels_of(record, "finding_labels", names) == {"Pleural Thickening": 1, "Mass": 0}
+    assert labels_of(record, "votes", ["copd", "Edema", "Mass"]) == {"copd": 1, "Edema": 0, "Mass": None}
+
+
+def test_no_finding_is_not_negated() -> None:
+    pairs = protocol(
+        sampling=None, labels=["No Finding", "Edema"], positive_template="{}", negative_template="no {}"
+    ).label_set()
+    normal, edema = pairs.labels
+    assert (edema.positive, edema.negative) == (["edema"], ["no edema"])
+    assert not any("no no" in text.lower() for text in normal.positive + normal.negative)
+    assert len(normal.negative) > 1
+
+
+def test_names_and_keys_that_do_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"neither a \.yaml file nor the name of a shipped one: 'chexpert_6x200'"):
+        load_protocol("chexpert_6x200")
+    path = tmp_path / "p.yaml"
+    path.write_text("name: x\ntask: exclusive\nlabelsets: chexpert14\n")
+    with pytest.raises(UserError, match="unknown key labelsets; did you mean labelset"):
+        load_protocol(path)
+    path.write_text("name: x\ntask: class_retrieval\n")
+    with pytest.raises(UserError, match="class_retrieval needs sampling"):
+        load_config(ProtocolConfig, path)
+    with pytest.raises(UserError, match="label set chexpert14 has no 'Flu'"):
+        protocol(sampling=None, labels=["Flu"]).label_set()
+
+
+def test_one_of_several_is_scikit_learns() -> None:
+    rng = np.random.default_rng(0)
+    scores, truth, names = rng.normal(size=(60, 3)), rng.integers(0, 3, 60), ["a", "b", "c"]
+    told = _one_of(scores, truth, names, np.ones((10, 60)))
+    said = scores.argmax(1)
+    assert told["accuracy"] == told["low"] == told["high"] == pytest.approx(accuracy_score(truth, said), abs=1e-12)
+    assert told["macro_f1"] == pytest.approx(f1_score(truth, said, average="macro"), abs=1e-12)
+    assert told["confusion"]["counts"] == confusion_matrix(truth, said).tolist()
+    empty = _one_of(scores, np.zeros(60, int), names, np.ones((10, 60)))
+    assert [row["reason"] for row in empty["classes"][1:]] == ["no study of this class"] * 2
+    assert "NaN" not in json.dumps(empty)
+
+
+def test_precision_at_k_with_ties_is_the_mean_over_all_orders() -> None:
+    scores, relevant = np.array([[3.0, 2.0, 2.0, 2.0, 1.0]]), np.array([[True, True, False, False, True]])
+    orders = [[0, *middle, 4] for middle in permutations([1, 2, 3])]
+    for k in (1, 2, 3, 4, 5):
+        expected = np.mean([relevant[0, order[:k]].mean() for order in orders])
+        assert precision_at(scores, relevant, [k])[k] == pytest.approx(expected)
+    assert precision_at(scores, relevant, [6]) == {6: None}
+
+
+@pytest.fixture(scope="module")
+def encoder(toy_bundle: Path) -> Encoder:
+    return load(toy_bundle, device="cpu")
+
+
+def test_scores_of_classes_by_hand(encoder: Encoder) -> None:
+    labelset = protocol(sampling=None, labels=["Cardiomegaly"]).label_set()
+    prompts = encoder.encode_texts(labelset.labels[0].positive).astype(float)
+    image = encoder.encode_texts(["The heart is enlarged."]).astype(float)
+    cosines = prompts @ image[0]
+    assert class_scores(encoder, labelset, image, "max_similarity")[0, 0] == pytest.approx(cosines.max())
+    assert class_scores(encoder, labelset, image, "mean_similarity")[0, 0] == pytest.approx(cosines.mean())
+    mean = prompts.mean(0)
+    expected = mean @ image[0] / np.linalg.norm(mean)
+    assert class_scores(encoder, labelset, image, "mean_embedding")[0, 0] == pytest.approx(expected)
+    with pytest.raises(UserError, match="'softmax' does not order classes"):
+        class_scores(encoder, labelset, image, "softmax")
+
+
+def test_tasks_on_the_toy_data(encoder: Encoder, toy_shards: Manifest) -> None:
+    """Every kind of task, with its summary, on images whose brightness is their label."""
+    two = ["Cardiomegaly", "No Finding"]
+    multi = protocol(task="multi_label", sampling=None, labels=["Cardiomegaly", "Edema"], views=["PA"])
+    result = run_protocol(encoder, toy_shards.folder, multi, draws=20)
+    assert result["zero_shot"]["labels"][0]["auroc"] > 0.9
+    assert result["zero_shot"]["labels"][1]["reason"] == "not labelled in this data"
+    assert result["studies"] == toy_shards.count("test")
+    one = protocol(sampling=None, labels=two, expected={"studies": 7})
+    result = run_protocol(encoder, toy_shards.folder, one, draws=20)
+    assert result["exclusive"]["classes"][1]["reason"] == "no study of this class"
+    assert result["differs_from_the_original"]["studies"]["expected"] == 7
+    assert "not the original list" in summary(result)
+    images = protocol(
+        task="class_retrieval",
+        sampling=Sampling(labels=["Cardiomegaly"], per_label=4),
+        queries_per_label=2,
+        ks=[1, 100],
+    )
+    result = run_protocol(encoder, toy_shards.folder, images, draws=20)
+    assert result["class_retrieval"]["image_to_image"] == {"queries": 2, "precision": {1: 1.0, 100: None}}
+    reports = protocol(task="report_retrieval", sampling=None)
+    result = run_protocol(encoder, toy_shards.folder, reports, draws=20)
+    assert result["retrieval"]["image_to_text"]["gallery"] == toy_shards.count("test")
+    for told in (result,):
+        assert "NaN" not in json.dumps(told)
+        assert told["list_hash"][:12] in summary(told)
