@@ -239,7 +239,7 @@ def make_bundle(out: Path) -> Path:
     from medclip_lab.config import shipped
     from medclip_lab.data.preprocess import PreprocessConfig
     from medclip_lab.inference.bundle import finish_bundle, write_bundle
-    from medclip_lab.models.dual_encoder import build_spec
+    from medclip_lab.models.spec import build_spec
 
     torch.manual_seed(0)
     out.mkdir(parents=True)

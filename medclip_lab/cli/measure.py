@@ -23,8 +23,8 @@ def add_bench(verbs: Verbs) -> None:
         help="losses: forward and backward beside open_clip's; data: training batches a second beside open_clip's; "
         "resume: going on in the middle of an epoch; train: samples a second beside a bare loop and open_clip's "
         "trainer; scale: a model of a step fitted here and taken to many GPUs; evaluate: building classifiers, "
-        "full-gallery retrieval, intervals; index: recall, speed and memory beside plain faiss; serve: the service under "
-        "load beside FastAPI and LitServe",
+        "full-gallery retrieval, intervals; index: recall, speed and memory beside plain faiss; serve: the service "
+        "under load beside FastAPI and LitServe",
     )
     parser.add_argument(
         "--batch", type=int, default=None, help="rows of features (default: 8192; on a GPU several); data: samples (64)"

@@ -65,8 +65,10 @@ class Finding(Answer):
     """None unless the bundle is calibrated for this label set."""
     threshold: float | None
     decision: bool | None
-    operating: float | None = None
-    reason: str | None = None
+    operating: float | None
+    """The probability on a scale where the threshold is 0.5."""
+    reason: str | None
+    """Why a label of a calibrated set has no probability."""
 
 
 class OutOfDomain(Answer):
@@ -109,6 +111,8 @@ class ClassifyOut(Envelope):
     """Findings, in the order of the images; labels are in the order of their set."""
 
     score_type: str
+    rule: str
+    """The score type with all that decides a score."""
     labelset: LabelSetOut
     calibration: str | None
     results: list[ImageOut]
@@ -180,6 +184,7 @@ class LabelsOf(LabelSetOut):
     default: bool
     calibration: str | None
     score_type: str
+    rule: str
     labels: list["PromptsOf"]
 
 

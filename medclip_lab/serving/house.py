@@ -119,9 +119,8 @@ class House:
         size = self.model.preprocess.config.size
         for number in {1, 2, self.settings.max_batch}:
             self.model.encode_images([torch.zeros(1, size, size, dtype=torch.uint8)] * number)
-        for labelset in self.model.labelsets.values():
-            classifier = self.model.encoder.zero_shot_classifier(labelset)
-            self.scorers.put(("bundle", labelset.hash, True), PerLabel(classifier))
+        for name, classifier in self.model.classifiers.items():
+            self.scorers.put(("bundle", self.model.labelsets[name].hash, True), PerLabel(classifier))
         self.batcher.start()
         self.ready = True
 

@@ -1,8 +1,7 @@
 """The bundle and its indexes, as the service uses them; everything here that computes runs on the model's thread."""
 
 import contextlib
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from medclip_lab.data.preprocess import stack
 from medclip_lab.errors import UserError
 from medclip_lab.files import digest
 from medclip_lab.inference.encoder import load
+from medclip_lab.inference.explain import Explanation, explain
 from medclip_lab.inference.labelset import LabelSet, load_labelset
-from medclip_lab.retrieval.index import Hit, Index, open_index
+from medclip_lab.retrieval.index import Index, open_index
 from medclip_lab.serving.problems import Problem
 from medclip_lab.serving.settings import Settings
 
@@ -47,10 +47,14 @@ class Model:
                 f"serve: the bundle has no label set {settings.labelset!r} (there are {', '.join(self.labelsets)})"
             )
         self.labelset = settings.labelset or next(iter(self.labelsets), None)
+        self.classifiers = {
+            name: self.encoder.zero_shot_classifier(labelset) for name, labelset in self.labelsets.items()
+        }
         self._bfloat16 = settings.precision == "bfloat16"
+        self._visual = self.encoder.model.model.visual
+        self.can_explain = self._can_explain()
         if settings.compile:
-            visual = self.encoder.model.model.visual
-            self.encoder.model.model.visual = torch.compile(visual, dynamic=True)
+            self.encoder.model.model.visual = torch.compile(self._visual, dynamic=True)
 
     def _labelsets(self) -> dict[str, LabelSet]:
         carried = [name for name in self.encoder.manifest["files"] if name.startswith("labelsets/")]
@@ -120,33 +124,27 @@ class Model:
             raise Problem(404, "unknown-index", f"name one of the indexes as `index`: {known}")
         return name, self.indexes[name]
 
-    def search(self, name: str, queries: Floats, k: int) -> list[list[Hit]]:
-        """The k nearest of each query."""
-        return self.indexes[name].search(queries, k)
-
     def index_hash(self, name: str) -> str:
-        return digest(self.indexes[name].manifest["sha256"])
+        files = self.indexes[name].manifest["files"]
+        return digest({role: entry["sha256"] for role, entry in files.items()})
 
-    def explain(self, image: Image.Image, positive: list[str], negative: list[str]) -> Any:
-        """An explanation map (`relevance`, `similarity`, `method`, `frame`, `enlarged()`).
+    def explain(self, image: Image.Image, positive: Sequence[str], negative: Sequence[str] = ()) -> Explanation:
+        """A map of what moved the similarity of an image to prompts, less that to those against.
 
         Raises:
-            Problem: 501, where the library or this tower has none.
+            UserError: this tower cannot be looked into.
         """
-        explain = explainer()
-        if explain is None:
-            raise Problem(501, "no-explanation", "this version of the service draws no explanation maps")
+        network = self.encoder.model.model
+        served = network.visual
+        network.visual = self._visual  # what is compiled shows no stage of its own
         try:
             return explain(self.encoder, image, positive, negative)
-        except UserError as error:
-            raise Problem(501, "no-explanation", f"this model has no explanation maps: {error}") from None
+        finally:
+            network.visual = served
 
-
-def explainer() -> Callable[..., Any] | None:
-    """The function that draws explanation maps, if there is one."""
-    try:
-        module = importlib.import_module("medclip_lab.inference.explain")
-    except ModuleNotFoundError:
-        return None
-    function: Callable[..., Any] = module.explain
-    return function
+    def _can_explain(self) -> bool:
+        try:
+            self.explain(Image.new("L", (8, 8)), ["width"])
+        except UserError:
+            return False
+        return True

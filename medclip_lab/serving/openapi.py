@@ -64,8 +64,10 @@ def _options(kind: type[BaseModel]) -> dict[str, Any]:
             simple[name] = {"type": "array", "items": {"type": "string"}}
         elif schema.get("type") in ("boolean", "integer", "string"):
             simple[name] = {key: value for key, value in schema.items() if key not in ("title", "description")}
-        elif any(one.get("type") == "string" for one in schema.get("anyOf", ())) and name not in ("data", "text"):
-            simple[name] = {"type": "string"}
+        elif name not in ("data", "text"):
+            # Of what may be left out: null is said by leaving it out.
+            kinds = [one["type"] for one in schema.get("anyOf", ()) if one.get("type") in ("string", "number")]
+            simple |= {name: {"type": kinds[0]}} if kinds else {}
     return simple
 
 

@@ -20,7 +20,7 @@ from medclip_lab.serving.settings import Scope
 
 M = TypeVar("M", bound=BaseModel)
 RAW = ("application/dicom", "application/octet-stream", "image/png", "image/jpeg", "image/tiff", "image/webp")
-LISTS = ("candidate_labels", "templates", "negative_templates", "texts", "positive", "negative")
+LISTS = ("candidate_labels", "templates", "negative_templates", "texts", "positive", "negative", "where")
 INLINE = 2**16  # bytes of JSON that are parsed at once; more would hold up the other requests
 MAX_OPTIONS = 200
 
@@ -160,8 +160,8 @@ def _gather(pairs: list[tuple[str, str]]) -> dict[str, Any]:
     for name, value in pairs:
         if name in LISTS:
             options.setdefault(name, []).append(value)
-        elif name in ("images", "image", "vector", "filters"):
-            raise Problem(422, "invalid-request", "images, vectors and filters go into JSON, or images into files")
+        elif name in ("images", "image", "vector"):
+            raise Problem(422, "invalid-request", "images and vectors go into JSON, or images into files")
         else:
             options[name] = value
     return options

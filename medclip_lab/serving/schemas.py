@@ -8,6 +8,7 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"
 Uid = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)*$", max_length=64)]
 Template = Annotated[str, StringConstraints(min_length=2, max_length=500, pattern=r"^[^{}]*\{\}[^{}]*$")]
 Query = Annotated[str, StringConstraints(min_length=1, max_length=20_000, pattern=r"\S")]
+Written = Annotated[str, StringConstraints(min_length=1, max_length=500, pattern=r"\S")]
 Frame = Annotated[int, Field(ge=0, le=100_000)]
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAEElEQVR42mNsYIAAJgaKGAAmCACQtTEKkQAAAABJRU5ErkJggg=="
@@ -130,7 +131,12 @@ class SearchIn(Body):
     model_config = ConfigDict(
         extra="forbid",
         hide_input_in_errors=True,
-        json_schema_extra={"examples": [{"text": "left pleural effusion", "k": 5}, {"image": {"data": PIXEL}}]},
+        json_schema_extra={
+            "examples": [
+                {"text": "left pleural effusion", "k": 5, "where": ["labels.Edema=0"], "ratio": 1.5},
+                {"image": {"data": PIXEL}},
+            ]
+        },
     )
     image: ImageIn | None = None
     text: Query | None = None
@@ -139,8 +145,15 @@ class SearchIn(Body):
     )
     index: Name | None = Field(default=None, description="its name; not needed where there is one")
     k: Annotated[int, Field(ge=1)] = Field(default=10, description="answers wanted")
-    filters: dict[str, Any] | None = Field(
-        default=None, description="column -> value, or list of values, that answers must have"
+    where: list[Written] = Field(
+        default=[],
+        max_length=20,
+        description='all of which an answer meets: "view=PA", "age>=60", "study_date<2020-01-31", "labels.Edema=1", '
+        '"sex in F,M"',
+    )
+    not_patient: Name | None = Field(default=None, description="none of whose rows is an answer")
+    ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = Field(
+        default=None, description="answers end where the best score is this many times theirs; k is the most"
     )
     include_text: bool = Field(default=False, description="with the report text; needs the scope `text`")
 

@@ -119,7 +119,7 @@ async def scorer_for(house: House, visit: Visit, labels: Labels) -> Scorer:
 async def _make_scorer(house: House, visit: Visit, labels: Labels, labelset: LabelSet) -> Scorer:
     encoder = house.model.encoder
     if labels.candidate_labels is None:
-        classifier = await call(house, visit, lambda: encoder.zero_shot_classifier(labelset))
+        classifier = house.model.classifiers[labelset.name]
     else:
         features = await _prompt_features(house, visit, labelset)
         classifier = ZeroShotClassifier.from_prompts(
@@ -128,7 +128,12 @@ async def _make_scorer(house: House, visit: Visit, labels: Labels, labelset: Lab
             encoder.logit_scale,
             encoder.logit_bias,
         )
-    return PerLabel(classifier) if labels.multi_label else OneOfAll.of(classifier)
+    if labels.multi_label:
+        return PerLabel(classifier)
+    if classifier.none_of:
+        told = ", ".join(classifier.none_of)
+        raise Problem(422, "no-prompts", f"{told} has no prompts to be one of several: leave multi_label true")
+    return OneOfAll.of(classifier)
 
 
 def _made(house: House, key: Hashable, done: "asyncio.Task[Scorer]") -> None:
@@ -157,7 +162,9 @@ def own_labelset(house: House, labels: Labels) -> LabelSet:
     for place, label in enumerate(given):
         own = label if isinstance(label, LabelIn) else LabelIn.model_construct(name=label, positive=[], negative=[])
         positive = own.positive or _filled(labels.templates or PROMPTS.present, own.name)
-        negative = own.negative or _filled(labels.negative_templates or PROMPTS.absent, own.name)
+        # Which one of several is asked without what speaks against each.
+        against = own.negative or _filled(labels.negative_templates or PROMPTS.absent, own.name)
+        negative = against if labels.multi_label else []
         if max(len(positive), len(negative)) > settings.max_prompts:
             raise Problem(
                 422, "too-many-prompts", f"candidate_labels.{place}: a label may have {settings.max_prompts} prompts"
@@ -165,7 +172,15 @@ def own_labelset(house: House, labels: Labels) -> LabelSet:
         made.append(LabelPrompts(own.name.strip(), positive, negative))
     if len({label.name for label in made}) < len(made):
         raise Problem(422, "label-twice", "candidate_labels: a name stands twice: give each label once")
-    return LabelSet("request", made)
+    try:
+        return LabelSet("request", made, exclusive=not labels.multi_label)
+    except ValueError:
+        raise Problem(
+            422,
+            "says-nothing",
+            'candidate_labels: a prompt is blank or denies a denial, as "no no finding": give such a label sentences '
+            "of its own, for it and against it",
+        ) from None
 
 
 def _filled(templates: Sequence[str], name: str) -> list[str]:

@@ -67,11 +67,12 @@ def toy_bundle(toy_shards: Manifest, tmp_path_factory: pytest.TempPathFactory) -
 def toy_indexes(toy_bundle: Path, toy_shards: Manifest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """One of images without text, one of reports with it."""
     from medclip_lab.inference.encoder import load
+    from medclip_lab.retrieval.build import build_index
     from medclip_lab.retrieval.embed import embed
-    from medclip_lab.retrieval.index import build_index
+    from medclip_lab.retrieval.parts import EmbedConfig
 
     folder = tmp_path_factory.mktemp("serving")
-    embed(load(toy_bundle), toy_shards.folder, folder / "e", "test", True, 0.01)
+    embed(load(toy_bundle), toy_shards.folder, folder / "e", "test", EmbedConfig(include_text=True))
     build_index(folder / "e", folder / "films", "image")
     build_index(folder / "e", folder / "reports", "text", include_text=True)
     return folder / "films", folder / "reports"

@@ -1,19 +1,22 @@
 """Every route: what it answers, in every form it may be asked."""
 
 import base64
+import io
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from pydantic import TypeAdapter
 from starlette.testclient import TestClient
 
+from medclip_lab.errors import UserError
 from medclip_lab.inference.encoder import Encoder, load
+from medclip_lab.inference.explain import explain
 from medclip_lab.inference.labelset import LabelPrompts, LabelSet
-from medclip_lab.serving import answers, model
+from medclip_lab.serving import answers
 from medclip_lab.version import __version__
 
 from .conftest import Serve, encoded, png, problem
@@ -50,7 +53,7 @@ def test_classify_gives_what_the_classifier_gives(client: TestClient, encoder: E
         assert {finding["decision"] for finding in result["labels"]} == {None}
         assert result["image"]["width"] == 70
         assert result["image"]["resize_mode"] == "squash"
-    assert found["score_type"] == "sigmoid"
+    assert (found["score_type"], found["rule"], found["calibration"]) == ("sigmoid", "sigmoid", None)
     assert found["model"]["fingerprint"] == encoder.fingerprint
     assert found["labelset"]["hash"] == encoder.zero_shot_classifier("chexpert14").labelset_hash
     assert found["timings_ms"]["total"] >= found["timings_ms"]["model"] > 0
@@ -145,10 +148,6 @@ def test_a_bad_image_among_good_ones_is_told_in_its_place(client: TestClient) ->
 
 
 def test_the_preview_is_what_the_tower_saw(client: TestClient, encoder: Encoder) -> None:
-    import io
-
-    from PIL import Image
-
     found = classified(client, images=[{"data": encoded(png(1))}], preview=True)
     seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(found["results"][0]["preview"]))))
     pixels = encoder.preprocess(Image.open(io.BytesIO(png(1))))
@@ -198,29 +197,81 @@ def test_report_text_needs_its_scope(client: TestClient, serve: Serve) -> None:
     assert "holds no report text" in problem(refused, 422, "no-text")
 
 
-def test_explain(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+def test_search_meets_what_is_asked_of_its_answers(
+    client: TestClient, encoder: Encoder, toy_indexes: tuple[Path, Path]
+) -> None:
+    import medclip_lab
+    from medclip_lab.retrieval.policies import Ratio
 
-    def explain(_encoder: Any, image: Any, positive: list[str], negative: list[str]) -> Any:
-        asked.append((image.size, positive, negative))
-        relevance = np.linspace(-1, 1, 32 * 32, dtype=np.float32).reshape(32, 32)
-        return SimpleNamespace(enlarged=lambda: relevance, similarity=0.25, method="patches")
+    index = medclip_lab.open_index(toy_indexes[0])
+    query = encoder.encode_texts(["The heart is enlarged."])
+    body = {"text": "The heart is enlarged.", "index": "films", "k": 30}
 
-    monkeypatch.setattr("medclip_lab.serving.routes.explain.explainer", lambda: explain)
-    monkeypatch.setattr(model, "explainer", lambda: explain)
+    def ids(**asked: Any) -> list[int]:
+        found = client.post("/v1/search", json=body | asked).json()
+        answers.SearchOut.model_validate(found)
+        return [hit["id"] for hit in found["hits"]]
+
+    def expected(**asked: Any) -> list[int]:
+        return [hit.id for hit in index.search(query, 30, **asked)[0]]
+
+    everything, patient = ids(), str(index.rows([0])[0]["patient_id"])
+    where = ["labels.Cardiomegaly=1", "view in PA,AP"]
+    assert ids(where=where) == expected(where=where)
+    assert ids(not_patient=patient) == expected(not_patients=[patient])
+    assert ids(ratio=1.01) == expected(policy=Ratio(1.01))
+    for fewer in (ids(where=where), ids(not_patient=patient)):
+        assert 0 < len(fewer) < len(everything)
+    image = ("a.png", png(), "image/png")
+    upload = client.post("/v1/search", files={"image": image}, data={"index": "films", "k": 30, "where": where})
+    assert sorted(hit["id"] for hit in upload.json()["hits"]) == sorted(ids(where=where))
+
+
+def test_reports_cannot_be_guessed_without_the_scope(client: TestClient, serve: Serve) -> None:
+    body = {"text": "heart", "index": "reports", "k": 1}
+    (hit,) = client.post("/v1/search", json=body).json()["hits"]
+    assert not {"text", "text_key"} & set(hit["fields"])
+    for column in ("text", "text_key"):
+        problem(client.post("/v1/search", json=body | {"where": [f"{column}!=1"]}), 403, "scope")
+    allowed = serve(local_scopes=("search", "text"))
+    text = allowed.post("/v1/search", json=body | {"include_text": True}).json()["hits"][0]["text"]
+    found = allowed.post("/v1/search", json=body | {"where": [f"text={text}"]}).json()
+    assert found["hits"][0]["id"] == hit["id"]
+
+
+def test_explain_gives_what_the_library_gives(client: TestClient, encoder: Encoder, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png())
     body = {"image": {"data": encoded(png())}, "label": "Edema"}
     found = client.post("/v1/explain", json=body).json()
     answers.ExplainOut.model_validate(found)
-    assert (found["lowest"], found["highest"]) == (-1, 1)
-    sets = {one["name"]: one for one in client.get("/v1/labelsets").json()}
-    edema = next(label for label in sets["chexpert14"]["labels"] if label["name"] == "Edema")
-    assert asked == [((70, 50), edema["positive"], edema["negative"])]
+    edema = next(label for label in encoder.labelset("chexpert14").labels if label.name == "Edema")
+    expected = explain(encoder, path, edema.positive, edema.negative)
+    relevance = expected.enlarged()
+    low, high = float(relevance.min()), float(relevance.max())
+    assert high > low
+    assert found["similarity"] == pytest.approx(expected.similarity, abs=1e-6)
+    assert (found["method"], found["lowest"], found["highest"]) == (
+        expected.method, pytest.approx(low, abs=1e-6), pytest.approx(high, abs=1e-6)
+    )  # fmt: skip
+    drawn, seen = (np.asarray(Image.open(io.BytesIO(base64.b64decode(found[name])))) for name in ("map", "seen"))
+    assert np.abs(drawn - 255 * (relevance - low) / (high - low)).max() < 1
+    assert (seen == expected.seen).all()
+    own = client.post(
+        "/v1/explain", json={"image": body["image"], "positive": edema.positive, "negative": edema.negative}
+    )
+    assert own.json()["map"] == found["map"]
     refused = client.post("/v1/explain", json=body | {"label": "Edelweiss"})
     assert "Pneumothorax" in problem(refused, 404, "unknown-label")
 
 
-def test_explain_without_maps_says_so(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medclip_lab.serving.routes.explain.explainer", lambda: None)
+def test_a_tower_without_maps_says_so(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise UserError("explain: this tower has 0 stages, no stage None")
+
+    monkeypatch.setattr("medclip_lab.serving.model.explain", refuse)
+    client = serve(indexes=())
+    assert not client.get("/v1/models").json()["can_explain"]
     refused = client.post("/v1/explain", json={"image": {"data": encoded(png())}, "label": "Edema"})
     problem(refused, 501, "no-explanation")
 
@@ -290,7 +341,7 @@ def test_the_document_names_every_route_and_example(client: TestClient) -> None:
         assert examples
         for example in examples:
             body = example["value"] | ({"index": "films"} if path == "/v1/search" else {})
-            assert client.post(path, json=body).status_code in ((200, 501) if path == "/v1/explain" else (200,))
+            assert client.post(path, json=body).status_code == 200
     text = json.dumps(found)
     names = {part.partition('"')[0] for part in text.split("#/components/schemas/")[1:]}
     assert names <= set(found["components"]["schemas"])

@@ -8,9 +8,9 @@ from starlette.responses import JSONResponse, Response
 
 from medclip_lab.serving.answers import LabelsOf, ModelsOut
 from medclip_lab.serving.house import House
-from medclip_lab.serving.model import explainer
 from medclip_lab.serving.openapi import refusals
 from medclip_lab.serving.problems import Problem
+from medclip_lab.serving.scoring import PerLabel
 from medclip_lab.version import __version__
 
 router = APIRouter()
@@ -38,7 +38,7 @@ async def models(request: Request) -> JSONResponse:
             "precision": settings.precision,
             "labelsets": list(house.model.labelsets),
             "indexes": [index_facts(house, name) for name in house.model.indexes],
-            "can_explain": explainer() is not None,
+            "can_explain": house.model.can_explain,
             "scopes": sorted(request.state.visit.caller.scopes),
             "limits": {name: getattr(settings, name) for name in LIMITS} | {"deadline": settings.deadline},
             "dicomweb": house.archives.names,
@@ -52,7 +52,7 @@ async def models(request: Request) -> JSONResponse:
 async def labelsets(request: Request) -> JSONResponse:
     """The bundle's label sets with their prompts: what to start from for labels of one's own."""
     house: House = request.app.state.house
-    rule = "pair_softmax" if house.model.encoder.logit_bias is None else "sigmoid"
+    scorers = {name: PerLabel(classifier) for name, classifier in house.model.classifiers.items()}
     return JSONResponse(
         [
             {
@@ -60,8 +60,9 @@ async def labelsets(request: Request) -> JSONResponse:
                 "hash": labelset.hash,
                 "description": labelset.description,
                 "default": labelset.name == house.model.labelset,
-                "calibration": None,
-                "score_type": rule,
+                "calibration": scorers[labelset.name].calibration_hash,
+                "score_type": scorers[labelset.name].score_type,
+                "rule": scorers[labelset.name].rule,
                 "labels": [
                     {"name": label.name, "positive": label.positive, "negative": label.negative}
                     for label in labelset.labels

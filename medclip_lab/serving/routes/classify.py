@@ -39,6 +39,7 @@ async def classify(request: Request) -> JSONResponse:
             {
                 "request_id": visit.request_id,
                 "score_type": scorer.score_type,
+                "rule": scorer.rule,
                 "model": house.model.hashes,
                 "labelset": {"name": scorer.labelset, "hash": scorer.labelset_hash},
                 "calibration": scorer.calibration_hash,

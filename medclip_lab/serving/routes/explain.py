@@ -14,7 +14,6 @@ from starlette.responses import JSONResponse
 from medclip_lab.serving.answers import ExplainOut
 from medclip_lab.serving.house import House
 from medclip_lab.serving.images import png_of
-from medclip_lab.serving.model import explainer
 from medclip_lab.serving.openapi import body, refusals
 from medclip_lab.serving.problems import Problem
 from medclip_lab.serving.reading import admitted, read
@@ -29,18 +28,18 @@ async def explain(request: Request) -> JSONResponse:
     """A map over what the tower saw, for one label or for prompts: what moved the score, not what is ill."""
     async with admitted(request, "classify") as (house, visit):
         asked = await read(request, ExplainIn, visit)
-        if explainer() is None:
-            raise Problem(501, "no-explanation", "this version of the service draws no explanation maps")
+        if not house.model.can_explain:
+            raise Problem(501, "no-explanation", "the image tower of this model has no explanation maps")
         positive, negative = _prompts(house, asked.body)
         image = await decode_one(house, visit, asked.images)
         found = await call(house, visit, lambda: house.model.explain(image.picture, positive, negative))
-        relevance = np.asarray(found.enlarged(), dtype=np.float32)
+        relevance = found.enlarged()
         low, high = float(relevance.min()), float(relevance.max())
         return JSONResponse(
             {
                 "request_id": visit.request_id,
                 "model": house.model.hashes,
-                "similarity": float(found.similarity),
+                "similarity": found.similarity,
                 "method": found.method,
                 "map": _grey(relevance, low, high),
                 "seen": png_of(image.pixels),
@@ -62,6 +61,10 @@ def _prompts(house: House, asked: ExplainIn) -> tuple[list[str], list[str]]:
     labelset = named_labelset(house, asked.labelset)
     for label in labelset.labels:
         if label.name == asked.label:
+            if label.none_of:
+                raise Problem(
+                    422, "no-prompts", f"{label.name} has no prompts: ask for one of {', '.join(label.none_of)}"
+                )
             return label.positive, label.negative
     raise Problem(404, "unknown-label", f"the label set has no such label; it has {', '.join(labelset.names)}")
 

@@ -11,6 +11,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from medclip_lab.errors import UserError
+from medclip_lab.retrieval.filters import conditions
+from medclip_lab.retrieval.index import Hit, Index
+from medclip_lab.retrieval.policies import Ratio
 from medclip_lab.serving.answers import SearchOut
 from medclip_lab.serving.house import House, Visit
 from medclip_lab.serving.openapi import body, refusals
@@ -21,8 +24,10 @@ from medclip_lab.serving.schemas import SearchIn
 from medclip_lab.serving.work import decode_one, encode_images, encode_texts
 
 router = APIRouter()
-OWN = ("id", "study_id", "text")
-"""Columns that have a place of their own in a hit."""
+TEXT = ("text", "text_key")
+"""Columns that hold a report, or tell by a hash whether it is one that was guessed."""
+OWN = ("id", "study_id", *TEXT)
+"""Columns that have a place of their own in a hit, or none."""
 LARGE = 1e100
 """Beyond this a square is no finite number."""
 
@@ -42,14 +47,9 @@ async def search(request: Request) -> JSONResponse:
             )
         if wanted.k > house.settings.max_k:
             raise Problem(422, "k", f"k may be {house.settings.max_k} at most")
-        if wanted.filters:
-            raise Problem(501, "no-filters", "this version of the service does not filter: leave filters out")
         query, facts = await _query(house, visit, asked)
         start = time.monotonic()
-        try:
-            hits = (await asyncio.to_thread(house.model.search, name, query[None], wanted.k))[0]
-        except UserError as error:
-            raise Problem(422, "search", str(error)) from None
+        hits = await asyncio.to_thread(_hits, index, query, wanted, visit)
         visit.stages["search"] = time.monotonic() - start
         found = [
             {
@@ -65,6 +65,43 @@ async def search(request: Request) -> JSONResponse:
         answer: dict[str, Any] = {"request_id": visit.request_id, "model": house.model.hashes}
         answer |= {"index": index_facts(house, name), "hits": found, "image": facts, "timings_ms": visit.timings()}
         return JSONResponse(answer)
+
+
+def _hits(index: Index, query: NDArray[np.float32], wanted: SearchIn, visit: Visit) -> list[Hit]:
+    """Best first.
+
+    Raises:
+        Problem: 403 for a condition on report text without its scope, which would tell by its answers what it says;
+            422 for one that cannot be.
+    """
+    try:
+        where = conditions(wanted.where)
+    except UserError:
+        raise Problem(
+            422,
+            "filter",
+            "where: a condition cannot be read: write column=value, with !=, or <, <=, > or >= and a number or a date, "
+            "or as column in a,b",
+        ) from None
+    if any(condition.column in TEXT for condition in where):
+        visit.need("text")
+    try:
+        return index.search(
+            query,
+            wanted.k,
+            where=where,
+            not_patients=None if wanted.not_patient is None else [wanted.not_patient],
+            policy=None if wanted.ratio is None else Ratio(wanted.ratio),
+            with_text=wanted.include_text,
+        )[0]
+    except UserError:
+        columns = [field.name for field in index.table.schema if not field.type.num_fields]
+        raise Problem(
+            422,
+            "filter",
+            "where: no such column or label, or a value that its column cannot have; there are "
+            f"{', '.join(columns)} and labels.NAME",
+        ) from None
 
 
 async def _query(house: House, visit: Visit, asked: Asked[SearchIn]) -> tuple[NDArray[np.float32], Any]:
