@@ -133,8 +133,8 @@ class SearchIn(Body):
         hide_input_in_errors=True,
         json_schema_extra={
             "examples": [
-                {"text": "left pleural effusion", "k": 5, "where": ["labels.Edema=0"], "ratio": 1.5},
-                {"image": {"data": PIXEL}},
+                {"text": "left pleural effusion", "k": 5},
+                {"image": {"data": PIXEL}, "where": ["sex in F,M"], "ratio": 1.5},
             ]
         },
     )

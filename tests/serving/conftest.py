@@ -50,13 +50,13 @@ def problem(response: Any, status: int, kind: str) -> str:
 
 @pytest.fixture(scope="session")
 def toy_bundle(toy_shards: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As the other tests have it, but hardly trained, and with a text tower that reads whole prompts."""
+    """As the other tests have it, but hardly trained."""
     from medclip_lab.config import load_config
     from medclip_lab.training.export import export
     from medclip_lab.training.run import RunConfig, train
 
     folder = tmp_path_factory.mktemp("served")
-    text = TOY_CONFIG.replace("SHARDS", str(toy_shards.folder)).replace("context_length: 24", "context_length: 64")
+    text = TOY_CONFIG.replace("SHARDS", str(toy_shards.folder))
     (folder / "toy.yaml").write_text(text)
     run = train(load_config(RunConfig, folder / "toy.yaml", [f"--out={folder / 'run'}", "--trainer.steps=3"]))
     export(run, folder / "bundle", ["chexpert14"], "pytest")

@@ -24,7 +24,7 @@ LABELS = {"images": [GOOD], "candidate_labels": ["a"]}
         ("classify", {"images": [GOOD], "candidate_labels": []}, 422, "invalid-request", "at least 1 item"),
         ("classify", {"images": [GOOD], "candidate_labels": [" "]}, 422, "invalid-request", "candidate_labels.0"),
         ("classify", {"images": [GOOD], "candidate_labels": ["a", "a "]}, 422, "label-twice", "stands twice"),
-        ("classify", {"images": [GOOD], "candidate_labels": ["a b " * 40]}, 422, "label-too-long", "reads 64"),
+        ("classify", {"images": [GOOD], "candidate_labels": ["a b " * 40]}, 422, "label-too-long", "reads 80"),
         ("classify", {"images": [GOOD], "candidate_labels": ["a" * 201]}, 422, "invalid-request", "200 characters"),
         ("classify", {"images": [GOOD], "candidate_labels": [str(n) for n in range(65)]}, 422, "too-many-labels", "64"),
         ("classify", LABELS | {"templates": ["no place"]}, 422, "invalid-request", "templates.0"),

@@ -62,9 +62,8 @@ def _prompts(house: House, asked: ExplainIn) -> tuple[list[str], list[str]]:
     for label in labelset.labels:
         if label.name == asked.label:
             if label.none_of:
-                raise Problem(
-                    422, "no-prompts", f"{label.name} has no prompts: ask for one of {', '.join(label.none_of)}"
-                )
+                told = ", ".join(label.none_of)
+                raise Problem(422, "no-prompts", f"this label has no prompts of its own: ask for one of {told}")
             return label.positive, label.negative
     raise Problem(404, "unknown-label", f"the label set has no such label; it has {', '.join(labelset.names)}")
 
