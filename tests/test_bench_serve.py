@@ -45,6 +45,7 @@ def test_mistakes(options: dict[str, object], told: str) -> None:
         bench_serve(**options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_two_processes_serve_count_together_and_stop(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     with socket.socket() as free:

@@ -13,10 +13,6 @@ import numpy as np
 import pytest
 import uvicorn
 from PIL import Image
-
-pytest.importorskip("fastapi")
-pytest.importorskip("prometheus_client")
-
 from starlette.testclient import TestClient
 
 from medclip_lab.data.manifest import Manifest

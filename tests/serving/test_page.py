@@ -195,8 +195,7 @@ def test_everything_can_be_reached_by_keyboard(page: Any) -> None:
     assert {"file", "labelset", "edit", "exclusive", "name", "query", "similar", "clear", "view-seen"} <= reached
 
 
-@pytest.mark.parametrize("width", [320, 390, 768, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(320, "light"), (390, "dark"), (768, "light"), (1280, "dark")])
 def test_no_width_scrolls_sideways(browser: Any, address: str, width: int, scheme: str) -> None:
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page = context.new_page()
