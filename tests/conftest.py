@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from medclip_lab.data.manifest import Manifest
     from medclip_lab.data.sample import Sample
     from medclip_lab.training.run import RunConfig
+
+# Without the extra `serve` there is no service to test.
+collect_ignore = [] if find_spec("fastapi") else ["serving"]
 
 TOY_SPLITS = ("train", "train", "train", "val", "test")
 

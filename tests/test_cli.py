@@ -125,11 +125,17 @@ FLAGS = {
         "--size",
         "--samples",
         "--out",
+        "--bundle",
+        "--seconds",
         "--gap",
         "--queries",
         "--target-recall",
         "--max-memory",
     },
+    "serve": COMMON
+    | {"bundle", "--index", "--labelset", "--host", "--port", "--workers", "--keys", "--new-key", "--local-scopes"}
+    | {"--audit", "--dicomweb", "--max-body-mib", "--max-pixels", "--max-images", "--max-waiting", "--deadline"}
+    | {"--max-batch", "--max-delay-ms", "--decode-threads", "--device", "--precision", "--compile"},
     "doctor": COMMON,
 }
 

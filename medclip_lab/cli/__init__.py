@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from medclip_lab import __version__
-from medclip_lab.cli import data, evaluate, measure, model, retrieval, search, shards
+from medclip_lab.cli import data, evaluate, measure, model, retrieval, search, serve, shards
 from medclip_lab.errors import StartAgainError, UserError
 
 
@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     search.add_search(verbs)
     search.add_rag(verbs)
     model.add_classify(verbs)
+    serve.add_serve(verbs)
     measure.add_bench(verbs)
     measure.add_doctor(verbs)
     return parser

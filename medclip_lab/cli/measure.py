@@ -19,11 +19,12 @@ def add_bench(verbs: Verbs) -> None:
     )
     parser.add_argument(
         "what",
-        choices=["losses", "data", "resume", "train", "scale", "evaluate", "index"],
+        choices=["losses", "data", "resume", "train", "scale", "evaluate", "index", "serve"],
         help="losses: forward and backward beside open_clip's; data: training batches a second beside open_clip's; "
         "resume: going on in the middle of an epoch; train: samples a second beside a bare loop and open_clip's "
         "trainer; scale: a model of a step fitted here and taken to many GPUs; evaluate: building classifiers, "
-        "full-gallery retrieval, intervals; index: recall, speed and memory beside plain faiss",
+        "full-gallery retrieval, intervals; index: recall, speed and memory beside plain faiss; serve: the service "
+        "under load beside FastAPI and LitServe",
     )
     parser.add_argument(
         "--batch", type=int, default=None, help="rows of features (default: 8192; on a GPU several); data: samples (64)"
@@ -60,6 +61,9 @@ def add_bench(verbs: Verbs) -> None:
     index.add_argument("--queries", type=int, default=500, help="of each direction (default: 500)")
     index.add_argument("--target-recall", type=float, default=0.95, help="asked of ours (default: 0.95)")
     index.add_argument("--max-memory", default=None, help="given to ours, as 1GB (default: 3/4 of the machine's)")
+    serve = parser.add_argument_group("serve")
+    serve.add_argument("--bundle", type=Path, default=None, help="to serve (default: a small one of random weights)")
+    serve.add_argument("--seconds", type=float, default=10.0, help="of each load (default: 10)")
 
 
 def _run_bench(args: argparse.Namespace) -> None:
@@ -71,6 +75,7 @@ def _run_bench(args: argparse.Namespace) -> None:
         "scale": _bench_scale,
         "evaluate": _bench_evaluate,
         "index": _bench_index,
+        "serve": _bench_serve,
     }
     benches[args.what](args)
 
@@ -112,6 +117,12 @@ def _bench_train(args: argparse.Namespace) -> None:
     shards = args.shards[0] if args.shards else None
     samples = 512 if args.samples is None else args.samples
     _keep(args, bench_train(args.only or (), shards, samples, args.repeats or 3, _tell), table)
+
+
+def _bench_serve(args: argparse.Namespace) -> None:
+    from medclip_lab.bench.serve import bench_serve, table
+
+    _keep(args, bench_serve(args.bundle, args.only or (), args.seconds, args.repeats or 3, _tell), table)
 
 
 def _bench_scale(args: argparse.Namespace) -> None:

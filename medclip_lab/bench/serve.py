@@ -1,0 +1,273 @@
+"""The service under load, beside plain FastAPI and LitServe with the same model on this machine."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from medclip_lab.bench.serve_load import send
+from medclip_lab.bench.serve_peers import Bare
+from medclip_lab.doctor import commit, cpu_name, memory_gib
+from medclip_lab.errors import UserError
+
+SIDES = ("medclip-lab", "fastapi", "litserve")
+CLIENTS = (1, 4, 16, 64)
+BOUND = 32
+"""Places of the service that 64 clients want to enter at once."""
+MAX_BATCH, MAX_DELAY = 16, 0.004
+SPEC: dict[str, Any] = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": 128, "layers": 4, "width": 128, "head_width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2},
+}
+"""A small ViT with weights by lot: what it says does not matter here, and how long it takes does."""
+
+
+def bench_serve(
+    bundle: Path | None = None,
+    only: Sequence[str] = (),
+    seconds: float = 10.0,
+    repeats: int = 3,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Latency and throughput over loopback by number of clients, and ratios to the peers.
+
+    Each service runs in a process of its own, the sides in turn, `repeats` times; the ratio at 16 clients is the
+    median over repeats. The client shares the machine with the service, for all sides alike.
+
+    Args:
+        bundle: to serve; None makes a small one.
+        only: names of SIDES; all if empty.
+        seconds: of each load.
+        say: told of each result as it comes.
+
+    Raises:
+        UserError: an unknown side, LitServe missing, no bundle.
+    """
+    sides = tuple(only) or SIDES
+    if unknown := [side for side in sides if side not in SIDES]:
+        raise UserError(f"bench serve: no side is named {unknown[0]!r} (there are {', '.join(SIDES)})")
+    if repeats < 1 or seconds <= 0:
+        raise UserError(f"bench serve: repeats and seconds must be above 0, got {repeats} and {seconds}")
+    if "litserve" in sides and find_spec("litserve") is None:
+        raise UserError("bench serve: LitServe is not installed: pip install litserve, or name other sides by --only")
+    tell = say or (lambda _line: None)
+    with tempfile.TemporaryDirectory() as folder:
+        served = bundle or make_bundle(Path(folder) / "bundle")
+        images = [image(seed) for seed in range(8)]
+        bare = bare_latency(served, images)
+        tell(f"bare classifier: {bare:.2f} ms")
+        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+        for _ in range(repeats):
+            for side in sides:
+                runs[side].append(measure(side, served, images, seconds))
+                tell(f"{side}: " + ", ".join(f"{n}: {_short(load)}" for n, load in runs[side][-1]["clients"].items()))
+        bounded = None
+        if "medclip-lab" in sides:
+            bounded = measure("medclip-lab", served, images, seconds, (64,), ("--max-waiting", str(BOUND)))
+            tell(f"64 clients, {BOUND} places: {_short(bounded['clients']['64'])}")
+    result: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gib": memory_gib(),
+        "versions": {
+            name: version(name) for name in ("torch", "fastapi", "uvicorn", *(["litserve"] * ("litserve" in sides)))
+        },
+        "settings": {"max_batch": MAX_BATCH, "max_delay": MAX_DELAY, "seconds": seconds, "repeats": repeats},
+        "bare_p50_ms": round(bare, 2),
+        "runs": runs,
+        "bounded": bounded,
+    }
+    return result | {"ratios": ratios(runs, bare, bounded)}
+
+
+def ratios(runs: dict[str, list[dict[str, Any]]], bare: float, bounded: dict[str, Any] | None) -> dict[str, Any]:
+    """What the figures come to: throughput beside each peer, latency that the service adds, and its tail when full."""
+    ours = runs.get("medclip-lab")
+    if not ours:
+        return {}
+    told: dict[str, Any] = {}
+    for peer in runs.keys() - {"medclip-lab"}:
+        pairs = zip(ours, runs[peer], strict=True)
+        told[f"throughput_16_over_{peer}"] = round(
+            statistics.median(
+                a["clients"]["16"]["per_second"] / max(b["clients"]["16"]["per_second"], 1e-9) for a, b in pairs
+            ),
+            2,
+        )
+    told["added_ms_at_1"] = round(statistics.median(run["clients"]["1"]["p50_ms"] for run in ours) - bare, 2)
+    if bounded:
+        load = bounded["clients"]["64"]
+        tail = load["p99_ms"] / load["p50_ms"] if load["answered"] else None
+        told["p99_over_p50_at_64_bounded"] = None if tail is None else round(tail, 2)
+        told["turned_away_at_64_bounded"] = load["statuses"].get("429", 0)
+        told["unanswered_at_64_bounded"] = load["statuses"].get("0", 0)
+    return told
+
+
+def measure(
+    side: str,
+    bundle: Path,
+    images: Sequence[bytes],
+    seconds: float,
+    clients: Sequence[int] = CLIENTS,
+    options: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Start one side, load it with ever more clients, stop it."""
+    encoded = [base64.b64encode(one).decode() for one in images]
+    ours = side == "medclip-lab"
+    bodies = [json.dumps({"images": [{"data": one}]} if ours else {"data": one}).encode() for one in encoded]
+    found: dict[str, Any] = {}
+    with started(side, bundle, options) as base:
+        url = f"{base}/v1/classify" if ours else f"{base}/classify"
+        before = _batches(base) if ours else {}
+        for number in clients:
+            load = send(url, bodies, number, seconds).summary()
+            if ours:
+                after = _batches(base)
+                load["batches"] = {size: after[size] - before.get(size, 0) for size in after}
+                before = after
+            found[str(number)] = load
+    return {"clients": found}
+
+
+@contextlib.contextmanager
+def started(side: str, bundle: Path, options: Sequence[str] = ()) -> Iterator[str]:
+    """The address of a side that runs while the block does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    batching = [str(MAX_BATCH), str(MAX_DELAY)]
+    limits = ["--max-batch", batching[0], "--max-delay-ms", str(1000 * MAX_DELAY)]
+    ways = {
+        "medclip-lab": ["medclip_lab", "serve", str(bundle), "--port", port, *limits, *options],
+        "fastapi": ["medclip_lab.bench.serve_peers", str(bundle), port],
+        "litserve": ["medclip_lab.bench.serve_litserve", str(bundle), port, *batching],
+    }
+    command = [sys.executable, "-m", *ways[side]]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)  # noqa: S603 - ours
+        try:
+            base = f"http://127.0.0.1:{port}"
+            _wait(process, base, log)
+            yield base
+        finally:
+            # LitServe has children: the whole group goes, asked first.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _wait(process: "subprocess.Popen[bytes]", base: str, log: Any) -> None:
+    for _ in range(600):
+        if process.poll() is not None:
+            log.seek(0)
+            last = log.read().decode(errors="replace").strip().splitlines()
+            raise UserError(f"bench serve: a service did not start: {last[-1] if last else 'no word of it'}")
+        try:
+            urllib.request.urlopen(f"{base}/openapi.json", timeout=2).close()  # noqa: S310 - loopback
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise UserError("bench serve: a service did not answer within two minutes")
+
+
+def _batches(base: str) -> dict[str, int]:
+    """How many batches were at most so large, by the service's own figures."""
+    with urllib.request.urlopen(f"{base}/metrics") as answer:  # noqa: S310 - loopback
+        lines = answer.read().decode().splitlines()
+    start = 'medclip_batch_size_bucket{kind="image",le="'
+    counts = [line[len(start) :].split('"} ') for line in lines if line.startswith(start)]
+    total, sizes = 0, {}
+    for size, count in counts:
+        sizes[size], total = int(float(count)) - total, int(float(count))
+    return sizes
+
+
+def bare_latency(bundle: Path, images: Sequence[bytes], number: int = 100) -> float:
+    """Median milliseconds from the bytes of an image to its scores, by the classifier alone."""
+    bare, encoded = Bare(bundle), [base64.b64encode(one).decode() for one in images]
+    took = []
+    for turn in range(number + 10):
+        start = time.perf_counter()
+        bare.scores([bare.pixels(encoded[turn % len(encoded)])])
+        took.append(time.perf_counter() - start)
+    return 1000 * statistics.median(took[10:])
+
+
+def image(seed: int, side: int = 512) -> bytes:
+    """A smooth grey JPEG with some grain, about as large as a film of that side."""
+    chance = np.random.default_rng(seed)
+    coarse = Image.fromarray((chance.random((12, 12)) * 255).astype(np.uint8)).resize(
+        (side, side), Image.Resampling.BICUBIC
+    )
+    grain = np.clip(np.asarray(coarse, dtype=np.float32) + chance.normal(0, 6, (side, side)), 0, 255)
+    buffer = io.BytesIO()
+    Image.fromarray(grain.astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def make_bundle(out: Path) -> Path:
+    """A bundle of SPEC with weights by lot."""
+    import torch
+
+    from medclip_lab.config import shipped
+    from medclip_lab.data.preprocess import PreprocessConfig
+    from medclip_lab.inference.bundle import finish_bundle, write_bundle
+    from medclip_lab.models.spec import build_spec
+
+    torch.manual_seed(0)
+    out.mkdir(parents=True)
+    write_bundle(
+        out,
+        weights={name: value.contiguous() for name, value in build_spec(SPEC).state_dict().items()},
+        model_cfg=SPEC,
+        preprocess=PreprocessConfig(size=128),
+        tokenizer=None,
+        labelsets=[shipped("labelsets/chexpert14.yaml")],
+        card={"weights": "by lot"},
+        augment={},
+    )
+    finish_bundle(out, "bench serve", {})
+    return out
+
+
+def _short(load: dict[str, Any]) -> str:
+    return f"{load['per_second']}/s, p50 {load['p50_ms']} p99 {load['p99_ms']} ms"
+
+
+def table(result: dict[str, Any]) -> str:
+    """The last run of each side, line by line, and the ratios."""
+    lines = [f"{'side':<14}{'clients':>8}{'per s':>9}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}"]
+    for side, runs in result["runs"].items():
+        for number, load in runs[-1]["clients"].items():
+            figures = "".join(f"{load[name]!s:>9}" for name in ("per_second", "p50_ms", "p95_ms", "p99_ms"))
+            lines.append(f"{side:<14}{number:>8}{figures}")
+    lines.append(f"bare classifier: {result['bare_p50_ms']} ms")
+    lines += [f"{name}: {value}" for name, value in result["ratios"].items()]
+    return "\n".join(lines)
