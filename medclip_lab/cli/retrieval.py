@@ -161,7 +161,8 @@ def _told(out: Path, manifest: dict[str, Any]) -> str:
     from medclip_lab.retrieval.memory import show_size
 
     recall = ", ".join(
-        f"recall@{found['at']} of {name} queries {found['confirmed']:.4f}" for name, found in manifest["recall"].items()
+        f"recall@{found['at']} of {name} queries {found.get('held_out', found['confirmed']):.4f}"
+        for name, found in manifest["recall"].items()
     )
     memory = manifest["memory"]
     lines = [
