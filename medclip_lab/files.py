@@ -1,9 +1,11 @@
 """Files that are never half-written: write under a temporary name, rename when whole."""
 
+import ctypes
 import hashlib
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from medclip_lab.errors import UserError
 
 
 def _beside(path: Path) -> Path:
+    path = path.absolute()  # "." has no name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
@@ -32,20 +35,44 @@ def atomic_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill; it replaces `path` if the block succeeds and disappears if it raises."""
+    path = path.resolve()  # through a link, which stays one
     temporary = _beside(path)
     temporary.mkdir()
     try:
         yield temporary
-        if path.exists():
-            # A folder cannot be renamed over a full one: the old one steps aside first, and goes last.
-            retired = _beside(path)
-            path.rename(retired)
+        if not path.exists():
             temporary.rename(path)
-            shutil.rmtree(retired)
-        else:
-            temporary.rename(path)
+            return
+        stood_in = path == Path.cwd()
+        _exchange(temporary, path)
+        if stood_in:  # or relative paths would lead into the folder that is deleted now
+            os.chdir(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Two folders change names: a full one cannot be renamed over. Linux does it at once, on most disks.
+
+    Elsewhere a kill between two renames leaves the old folder under a hidden name beside its own.
+    """
+    if sys.platform == "linux" and _rename_exchange(new, path):
+        return
+    retired = _beside(path)
+    path.rename(retired)
+    try:
+        new.rename(path)
+    except BaseException:
+        retired.rename(path)
+        raise
+    retired.rename(new)
+
+
+def _rename_exchange(one: Path, other: Path) -> bool:
+    """renameat2(2) with RENAME_EXCHANGE; False where the C library or the disk has no such thing."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def sha256(path: Path) -> str:

@@ -76,24 +76,37 @@ def add_index(verbs: Verbs) -> None:
     )
     parser.add_argument("embeddings", type=Path, nargs="*", help="one or more folders of one bundle")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--modality", choices=("image", "text"), default="image", help="what is found (default: image)")
+    parser.add_argument("--modality", choices=("image", "text"), default=None, help="what is found (default: image)")
     parser.add_argument("--include-text", action="store_true", help="answer with report text too")
     goals = parser.add_argument_group("goals")
     goals.add_argument(
-        "--target-recall", type=float, default=0.99, help="of the truly nearest, in every direction (default: 0.99)"
+        "--target-recall", type=float, default=None, help="of the truly nearest, in every direction (default: 0.99)"
     )
-    goals.add_argument("--at", type=int, default=10, help="how many nearest that means (default: 10)")
+    goals.add_argument("--at", type=int, default=None, help="how many nearest that means (default: 10)")
     goals.add_argument("--max-memory", default=None, help="of the build, as 4GB (default: 3/4 of the machine's)")
     goals.add_argument("--queries", default=None, help="what will ask: image,text (default: what is embedded)")
     goals.add_argument("--factory", default=None, help="a FAISS factory string of your own, tuned and measured too")
     goals.add_argument(
         "--dedup", action=argparse.BooleanOptionalAction, default=None, help="one vector for copies (default: of texts)"
     )
-    goals.add_argument("--seed", type=int, default=0, help="which queries are held out (default: 0)")
+    goals.add_argument("--seed", type=int, default=None, help="which queries are held out (default: 0)")
     change = parser.add_argument_group("change an index").add_mutually_exclusive_group()
     change.add_argument("--add", type=Path, nargs="+", default=None, help="embeddings to add to the index --out")
     change.add_argument("--remove", type=Path, default=None, help="a file of study ids, a line each, to remove from it")
     add_store(parser)
+
+
+GOALS = ("target_recall", "at", "max_memory", "queries", "factory", "dedup", "seed")
+
+
+def _refuse_beside(what: str, given: dict[str, Any]) -> None:
+    """
+    Raises:
+        UserError: options that `what` would ignore.
+    """
+    if given:
+        name = next(iter(given)).replace("_", "-")
+        raise UserError(f"index: --{name} means nothing beside {what}: leave it out")
 
 
 def _run_index(args: argparse.Namespace) -> None:
@@ -105,7 +118,12 @@ def _run_index(args: argparse.Namespace) -> None:
     if (args.add or args.remove) and args.embeddings:
         raise UserError("index: --add and --remove change the index --out: name no other embeddings beside them")
     uri = milvus_uri(args)
+    goals = {name: getattr(args, name) for name in GOALS if getattr(args, name) is not None}
+    if args.add or args.remove:
+        built_with = {"modality": args.modality, "include_text": args.include_text}
+        _refuse_beside("--add and --remove", goals | {name: given for name, given in built_with.items() if given})
     if uri is not None:
+        _refuse_beside("--store milvus, which searches exactly", goals)
         manifest = _in_milvus(args, uri)
         say(args, manifest, f"{args.out}: {manifest['size']} {manifest['modality']} rows in Milvus, searched exactly")
         return
@@ -114,16 +132,11 @@ def _run_index(args: argparse.Namespace) -> None:
     elif args.remove:
         manifest = remove_from_index(args.out, _lines(args.remove))
     else:
-        goals = Goals(
-            target_recall=args.target_recall,
-            at=args.at,
-            max_memory=None if args.max_memory is None else parse_size(args.max_memory),
-            queries=None if args.queries is None else _names(args.queries),
-            factory=args.factory,
-            dedup=args.dedup,
-            seed=args.seed,
-        )
-        manifest = build_index(args.embeddings, args.out, args.modality, args.include_text, goals)
+        if args.max_memory is not None:
+            goals["max_memory"] = parse_size(args.max_memory)
+        if args.queries is not None:
+            goals["queries"] = _names(args.queries)
+        manifest = build_index(args.embeddings, args.out, args.modality or "image", args.include_text, Goals(**goals))
     say(args, manifest, _told(args.out, manifest))
 
 
@@ -134,7 +147,7 @@ def _in_milvus(args: argparse.Namespace, uri: str) -> dict[str, Any]:
         raise UserError("index: --remove is for a FAISS index; delete rows of a collection with Milvus's own tools")
     if args.add:
         return open_collection(uri, str(args.out)).add(args.add)
-    return build_collection(args.embeddings, uri, str(args.out), args.modality, args.include_text)
+    return build_collection(args.embeddings, uri, str(args.out), args.modality or "image", args.include_text)
 
 
 def _lines(path: Path) -> list[str]:
@@ -148,7 +161,8 @@ def _told(out: Path, manifest: dict[str, Any]) -> str:
     from medclip_lab.retrieval.memory import show_size
 
     recall = ", ".join(
-        f"recall@{found['at']} of {name} queries {found['confirmed']:.4f}" for name, found in manifest["recall"].items()
+        f"recall@{found['at']} of {name} queries {found.get('held_out', found['confirmed']):.4f}"
+        for name, found in manifest["recall"].items()
     )
     memory = manifest["memory"]
     lines = [

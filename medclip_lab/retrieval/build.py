@@ -140,6 +140,7 @@ def _measured(choice: Choice, goals: Goals, gallery: Gallery, meter: Meter) -> d
                 "queries": len(gallery.queries[name].vectors),
                 "tuned": round(found.recall, 4),
                 "confirmed": round(found.confirmed, 4),
+                "held_out": round(found.held_out, 4),
             }
             for name, found in tuned.items()
         },

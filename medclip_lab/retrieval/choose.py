@@ -69,7 +69,7 @@ class Trial:
     def record(self) -> dict[str, Any]:
         found = {
             name: {
-                **{key: round(getattr(tuned, key), 4) for key in ("recall", "confirmed")},
+                **{key: round(getattr(tuned, key), 4) for key in ("recall", "confirmed", "held_out")},
                 **{f"{key}_ms": round(1e3 * getattr(tuned, key), 4) for key in ("single", "batched")},
                 "parameters": tuned.parameters.given(),
             }

@@ -23,6 +23,7 @@ from medclip_lab.retrieval.gallery import joined
 from medclip_lab.retrieval.milvus_client import ask, connect, import_pymilvus, quoted
 from medclip_lab.retrieval.parameters import Parameters
 from medclip_lab.retrieval.search import Store
+from medclip_lab.retrieval.update import PLACES, named_rows, refuse_again
 
 FORMAT = "medclip-lab-milvus/1"
 PROPERTY = "medclip_lab"
@@ -165,18 +166,30 @@ class MilvusIndex(Store):
 
     def ids(self, where: Where) -> Rows:
         """As `Store.ids`."""
+        rows = self._all(self.expression(where), ["id"])
+        return np.array(sorted(int(row["id"]) for row in rows), np.int64)
+
+    def _all(self, condition: str, fields: list[str]) -> Iterator[dict[str, Any]]:
+        """However many rows there are."""
         pages = ask(
             self.client.query_iterator,
             self.collection,
             batch_size=LIMIT,
-            filter=self.expression(where) or "id >= 0",
-            output_fields=["id"],
+            filter=condition or "id >= 0",
+            output_fields=fields,
         )
-        found: list[int] = []
         while page := ask(pages.next):
-            found += [int(row["id"]) for row in page]
+            yield from page
         pages.close()
-        return np.array(sorted(found), np.int64)
+
+    def _refuse_known(self, folders: Sequence[Embeddings]) -> None:
+        modality = self.manifest["modality"]
+        new, place = named_rows(folders, modality), PLACES[modality]
+        studies, known = sorted({study for study, _ in new}), set()
+        for start in range(0, len(studies), BATCH):
+            condition = f"study_id in [{', '.join(quoted(study) for study in studies[start : start + BATCH])}]"
+            known |= {(row["study_id"], row.get(place)) for row in self._all(condition, ["study_id", place])}
+        refuse_again(new, known, self.collection)
 
     def vectors(self, ids: Sequence[int]) -> Floats:
         """As `Store.vectors`."""
@@ -191,7 +204,7 @@ class MilvusIndex(Store):
         """Add embeddings; what was added goes again if it does not end. Ids go on after the largest.
 
         Raises:
-            UserError: another bundle or width, text that is there and not here.
+            UserError: another bundle or width, rows that are there already, text that is there and not here.
         """
         folders = open_all(embeddings)
         if folders[0].manifest["bundle"] != self.manifest["bundle"]:
@@ -200,6 +213,7 @@ class MilvusIndex(Store):
         _refuse_textless(folders, text)
         if joined(folders, modality).dim != self.dim:
             raise UserError(f"index: {self.collection} has {self.dim} dimensions, the embeddings have others")
+        self._refuse_known(folders)
         first = int(self.ids(()).max(initial=-1)) + 1
         done = False
         try:

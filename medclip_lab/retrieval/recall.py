@@ -24,14 +24,15 @@ class Queries:
 
     direction: str
     vectors: Floats
-    """[Q, D]; even rows are for tuning, odd ones for confirming."""
+    """[Q, D]; see `part`."""
     worst_right: Floats = field(default_factory=lambda: np.empty(0, np.float32))
     """[Q] exact score of the k-th answer: whatever scores as much is right."""
     k: int = 0
 
-    def half(self, number: int) -> NDArray[np.int64]:
-        """Rows for tuning (0) or for confirming (1); a single query is for both."""
-        return np.arange(number if len(self.vectors) > 1 else 0, len(self.vectors), 2)
+    def part(self, number: int) -> NDArray[np.int64]:
+        """Rows for tuning (0), for confirming (1), or for the recall that is told (2); fewer than three are for all."""
+        few = len(self.vectors) < 3
+        return self.all if few else np.arange(number, len(self.vectors), 3)
 
     @property
     def all(self) -> NDArray[np.int64]:

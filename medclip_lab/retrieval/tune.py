@@ -1,4 +1,8 @@
-"""The least thorough search that reaches a recall: tuned on one half of the queries, confirmed on the other."""
+"""The least thorough search that reaches a recall: tuned on a third of the queries and confirmed on another.
+
+Both decide what is taken, so that what they reach is no estimate for others: the recall that is told is of the last
+third, which decides nothing.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,13 +20,15 @@ GENEROUS = 64
 
 @dataclass(frozen=True)
 class Tuned:
-    """The parameters of one direction and what they give; `met` if the confirming half reached the target too."""
+    """The parameters of one direction and what they give; `met` if the confirming third reached the target too."""
 
     parameters: Parameters
     recall: float
-    """Of the tuning half."""
+    """Of the tuning third."""
     confirmed: float
-    """Of the other half."""
+    """Of the second third."""
+    held_out: float
+    """Of the last, which nothing was chosen by."""
     met: bool
     single: float
     batched: float
@@ -37,10 +43,10 @@ def tune(index: Any, queries: Queries, vectors: Vectors, size: int, target: floa
 
     Args:
         vectors: the rows the index holds, by its own numbers.
-        margin: standard errors by which the tuning half has to pass the target.
+        margin: standard errors by which the tuning third has to pass the target.
     """
     steps = ladders(index, size, queries.k)
-    tuning = queries.half(0)
+    tuning = queries.part(0)
     seen: dict[Parameters, Measured] = {}
 
     def asked(parameters: Parameters) -> Measured:
@@ -53,15 +59,16 @@ def tune(index: Any, queries: Queries, vectors: Vectors, size: int, target: floa
         return found.recall - margin * found.error >= target
 
     chosen = _cheapest(steps, enough, asked)
-    confirmed = measure(index, queries, queries.half(1), chosen, vectors)
+    confirmed = measure(index, queries, queries.part(1), chosen, vectors)
     while confirmed.recall < target and (more := _more(chosen, steps)) != chosen:
         chosen = more
-        confirmed = measure(index, queries, queries.half(1), chosen, vectors)
+        confirmed = measure(index, queries, queries.part(1), chosen, vectors)
     found = asked(chosen)
     return Tuned(
         chosen,
         found.recall,
         confirmed.recall,
+        measure(index, queries, queries.part(2), chosen, vectors).recall,
         found.recall >= target and confirmed.recall >= target,
         single_seconds(index, queries, chosen),
         confirmed.seconds,

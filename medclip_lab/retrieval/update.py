@@ -1,6 +1,6 @@
 """Additions to an index and removals from it; a change is seen as a whole or not at all."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from medclip_lab.errors import UserError
 from medclip_lab.retrieval.build import Folders, open_all, write_rows
-from medclip_lab.retrieval.embeddings import Rows
+from medclip_lab.retrieval.embeddings import Embeddings, Rows
 from medclip_lab.retrieval.families import import_faiss
 from medclip_lab.retrieval.gallery import Groups, joined
 from medclip_lab.retrieval.store import Opened, RowWriter, changing, commit, save_array, save_index
@@ -17,6 +17,9 @@ from medclip_lab.retrieval.withdrawn import Withdrawn
 
 REBUILD = 0.2
 """Share of an index that may change before its measured recall says too little of it."""
+
+PLACES = {"image": "image", "text": "part"}
+"""The column that tells a study's rows apart."""
 
 
 def add_to_index(index: str | Path, embeddings: Folders) -> dict[str, Any]:
@@ -37,7 +40,7 @@ def add_to_index(index: str | Path, embeddings: Folders) -> dict[str, Any]:
             raise UserError(f"index: the embeddings have {vectors.dim} dimensions, {folder} has {opened.index.d}")
         if text and not all(given.manifest["include_text"] for given in folders):
             raise UserError(f"index: {folder} holds report text, the embeddings do not: embed with --include-text")
-        _refuse_known(opened, [table for given in folders for table in given.table(modality).to_batches()])
+        _refuse_known(opened, folders)
         faiss = import_faiss()
         # Codes that lie on the disk cannot grow there.
         grown = faiss.read_index(str(folder / manifest["files"]["vectors"]["name"]))
@@ -109,18 +112,32 @@ def _gone(rows: pa.Table, removed: Rows) -> set[str]:
     return set(studies[dead].tolist()) - set(studies[~dead].tolist())
 
 
-def _refuse_known(opened: Opened, batches: list[Any]) -> None:
-    """A row that is there already would be found twice."""
-    place = "image" if opened.manifest["modality"] == "image" else "part"
+def _refuse_known(opened: Opened, folders: Sequence[Embeddings]) -> None:
+    modality = opened.manifest["modality"]
     dead = np.isin(opened.rows["id"].to_numpy(), opened.removed)
-    there = zip(opened.rows["study_id"].to_pylist(), opened.rows[place].to_pylist(), dead, strict=True)
+    there = zip(opened.rows["study_id"].to_pylist(), opened.rows[PLACES[modality]].to_pylist(), dead, strict=True)
     known = {(study, part) for study, part, is_dead in there if not is_dead}
-    new = [key for batch in batches for key in zip(*(batch[c].to_pylist() for c in ("study_id", place)), strict=True)]
+    refuse_again(named_rows(folders, modality), known, opened.folder)
+
+
+def named_rows(folders: Sequence[Embeddings], modality: str) -> list[tuple[str, Any]]:
+    """(study, which image or part of it) of each row."""
+    columns = ("study_id", PLACES[modality])
+    batches = [batch for given in folders for batch in given.table(modality).to_batches()]
+    return [key for batch in batches for key in zip(*(batch[name].to_pylist() for name in columns), strict=True)]
+
+
+def refuse_again(new: Sequence[tuple[str, Any]], known: Set[tuple[str, Any]], where: object) -> None:
+    """A row that is there already would be found twice.
+
+    Raises:
+        UserError: there are such rows.
+    """
     again = len(new) - len(set(new) - known)
     if again:
         raise UserError(
-            f"index: {again} of {len(new)} rows to add are in {opened.folder} already, or twice among the new: remove "
-            "their studies first"
+            f"index: {again} of {len(new)} rows to add are in {where} already, or twice among the new: remove their "
+            "studies first"
         )
 
 

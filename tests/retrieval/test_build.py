@@ -1,5 +1,6 @@
 """Goals: what is chosen fits, reaches the recall in both directions for fresh queries, and says how it was found."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,31 @@ def test_the_harder_direction_is_searched_more_thoroughly(tmp_path: Path) -> Non
         open_index(tmp_path / "j").parameters("text")
 
 
+def test_the_recall_that_is_told_decided_nothing(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last third is asked once for each kind and direction, with what the other two had chosen."""
+    asked: list[tuple[int, Parameters]] = []
+
+    def spy(index: Any, queries: Queries, chosen: Any, parameters: Parameters, vectors: Any) -> Any:
+        parts = [set(queries.part(number).tolist()) for number in range(3)]
+        assert set.union(*parts) == set(queries.all.tolist())
+        assert sum(map(len, parts)) == len(queries.all)
+        asked.append((parts.index(set(chosen.tolist())), parameters))
+        found = measure(index, queries, chosen, parameters, vectors)
+        return replace(found, recall=0.1) if asked[-1][0] == 2 else found
+
+    monkeypatch.setattr(tune, "measure", spy)
+    goals = Goals(factory="IVF16,Flat", target_recall=0.9, queries=("image",))
+    manifest = build_index(made, tmp_path / "i", goals=goals, say=quiet)
+    assert [number for number, _ in asked].count(2) == 1
+    assert asked[-1] == (2, Parameters(**manifest["parameters"]["image"]))
+    assert manifest["recall"]["image"]["held_out"] == 0.1
+    assert min(manifest["recall"]["image"][name] for name in ("tuned", "confirmed")) >= 0.9
+
+
 def test_a_small_corpus_is_searched_exactly(made: Path, tmp_path: Path) -> None:
     manifest = build_index(made, tmp_path / "i", say=quiet)
     assert (manifest["factory"], manifest["size"], manifest["vectors"]) == ("Flat", 900, 900)
-    assert manifest["recall"]["text"] == {"at": 10, "queries": 90, "tuned": 1.0, "confirmed": 1.0}
+    assert manifest["recall"]["text"] == {"at": 10, "queries": 90, "tuned": 1.0, "confirmed": 1.0, "held_out": 1.0}
     assert manifest["recall"]["image"]["queries"] == 90
     vectors = vectors_of(made, "image")
     hits = open_index(tmp_path / "i").search(vectors, 1)

@@ -119,6 +119,12 @@ def test_additions_go_on_with_the_ids(place: Path, tmp_path: Path) -> None:
     assert index.fingerprint() != before
     assert index.rows([STUDIES])[0]["study_id"] == "s1000"
     assert "text" not in index.columns
+    with pytest.raises(UserError, match="30 of 30 rows to add are in grows already, or twice among the new"):
+        index.add(place / "more")
+    new = draw(tmp_path / "new", dim=DIM, rows=[row(5000, np.random.default_rng(0))], name="new-0")
+    with pytest.raises(UserError, match="30 of 31 rows to add"):
+        index.add([new, place / "more"])
+    assert len(index) == STUDIES + 30
     with pytest.raises(UserError, match="holds no report text"):
         index.search(unit(np.ones((1, DIM))), with_text=True)
 

@@ -114,6 +114,13 @@ def test_milvus(run: Any, toy_bundle: Path, index: Path, embeddings: Path, tmp_p
         ("rag calibrate INDEX EMBEDDINGS --alpha 0.001 --out TMP/c", "too few for alpha 0.001: at least 999"),
         ("rag calibrate INDEX EMBEDDINGS --labels Gout --out TMP/c", "no query has a label to compare"),
         ("rag route --domain a=b --out TMP/r", "write NAME=INDEX,EMBEDDINGS"),
+        ("index EMBEDDINGS --out c --store milvus --uri TMP/m.db --target-recall 0.9", "--target-recall means nothing"),
+        ("index EMBEDDINGS --out c --store milvus --uri TMP/m.db --factory Flat", "--factory means nothing beside"),
+        ("index EMBEDDINGS --out c --store milvus --uri TMP/m.db --max-memory 1GB", "--max-memory means nothing"),
+        ("index EMBEDDINGS --out c --store milvus --uri TMP/m.db --no-dedup", "--dedup means nothing beside"),
+        ("index --add EMBEDDINGS --out INDEX --modality text", "--modality means nothing beside --add and --remove"),
+        ("index --add EMBEDDINGS --out INDEX --factory Flat", "--factory means nothing beside --add and --remove"),
+        ("index --remove TMP/x --out INDEX --include-text", "--include-text means nothing beside --add"),
         ("index --remove TMP/x --out c --store milvus --uri TMP/m.db", "--remove is for a FAISS index"),
     ],
 )
