@@ -234,6 +234,20 @@ def test_scores_of_classes_by_hand(encoder: Encoder) -> None:
         class_scores(encoder, labelset, image, "softmax")
 
 
+def test_a_prompt_too_long_is_refused_or_cut(encoder: Encoder, toy_shards: Manifest, tmp_path: Path) -> None:
+    path = tmp_path / "long.yaml"
+    long = "The heart is " + "very " * 100 + "large."
+    path.write_text(
+        f"name: long\nlabels:\n  - {{name: Cardiomegaly, positive: [{long}], negative: [Heart size is normal.]}}\n"
+    )
+    drawn = Sampling(labels=["Cardiomegaly"], per_label=2)
+    for task in ("multi_label", "exclusive", "class_retrieval"):
+        asked = protocol(task=task, labelset=str(path), sampling=drawn if task != "multi_label" else None)
+        with pytest.raises(UserError, match="label set long by mine: a prompt of Cardiomegaly has 160 tokens"):
+            run_protocol(encoder, toy_shards.folder, asked, draws=5)
+        run_protocol(encoder, toy_shards.folder, replace(asked, queries_per_label=1), draws=5, truncate=True)
+
+
 def test_tasks_on_the_toy_data(encoder: Encoder, toy_shards: Manifest) -> None:
     """Every kind of task, with its summary, on images whose brightness is their label."""
     two = ["Cardiomegaly", "No Finding"]
