@@ -123,7 +123,7 @@ def _run_protocol(args: argparse.Namespace) -> None:
             raise UserError(f"--list: cannot read {args.list}: {error.strerror}") from None
     model = open_encoder(args.bundle)
     settings = {"draws": args.draws, "seed": args.seed, "max_bad": args.max_bad, "truncate": args.truncate}
-    result = run_protocol(model, args.shards, args.protocol, listed=listed, **settings)
+    result = run_protocol(model, args.shards, args.protocol, listed=listed, keep=args.out, **settings)
     if args.out:
         write_json(args.out, result | {"command": args.command})
     say(args, result, summary(result))
