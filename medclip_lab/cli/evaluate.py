@@ -175,6 +175,7 @@ def _run_suite(args: argparse.Namespace) -> None:
         control=args.shuffle_labels,
         max_bad=args.max_bad,
     )
+    evaluated.results["blur"] = args.blur or None
     result = evaluated.results | {"command": args.command}
     if args.out:
         write_json(args.out, result)
