@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 Verbs = Any  # argparse has no public name for what add_subparsers returns
+LABELSET = "chexpert14"
 
 
 def add_verb(verbs: Verbs, name: str, help_text: str, example: str, run: Any) -> argparse.ArgumentParser:
@@ -33,7 +34,7 @@ def add_max_bad(parser: argparse.ArgumentParser) -> None:
 
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--labelset", default="chexpert14", help="shipped name or YAML file (default: chexpert14)")
+    parser.add_argument("--labelset", default=LABELSET, help=f"shipped name or YAML file (default: {LABELSET})")
     parser.add_argument(
         "--score",
         default=None,
@@ -46,5 +47,5 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
 def add_ensemble(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ensemble", type=Path, nargs="+", default=[], help="further bundles to average with")
     parser.add_argument(
-        "--average", choices=("scores", "logits"), default="scores", help="what an ensemble averages (default: scores)"
+        "--average", choices=("scores", "logits"), default=None, help="what an ensemble averages (default: scores)"
     )

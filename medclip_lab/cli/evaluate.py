@@ -2,9 +2,10 @@
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from medclip_lab.cli.common import Verbs, add_ensemble, add_max_bad, add_scoring, add_verb, say
+from medclip_lab.cli.common import LABELSET, Verbs, add_ensemble, add_max_bad, add_scoring, add_verb, say
 from medclip_lab.errors import UserError
 
 
@@ -18,8 +19,9 @@ def add_evaluate(verbs: Verbs) -> None:
     )
     parser.add_argument("bundle", nargs="?", help="a bundle, or local-dir:FOLDER, hf:FOLDER, open_clip:NAME@WEIGHTS")
     parser.add_argument("shards", nargs="?", type=Path)
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--split", default=None, help="(default: test)")
     add_scoring(parser)
+    parser.set_defaults(labelset=None)  # so that what is named beside a protocol is known
     add_ensemble(parser)
     parser.add_argument("--batch-zscore", action="store_true", help="z-score each label over the split (transductive)")
     parser.add_argument(
@@ -64,15 +66,32 @@ def add_evaluate(verbs: Verbs) -> None:
     )
 
 
+SCORED = (
+    *("split", "labelset", "score", "temperature", "ensemble", "average", "batch_zscore", "no_calibration"),
+    *("collapse_texts", "blur", "shuffle_labels", "subgroups", "probe", "corruptions", "baseline", "against"),
+    *("pointing", "page", "show_images"),
+)
+"""What a protocol says itself, and what two written results have behind them."""
+
+
+def _refuse(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """An option that would be ignored is a mistake."""
+    if beside := [name for name in names if getattr(args, name)]:
+        raise UserError(f"{why}: leave --{beside[0].replace('_', '-')} away")
+
+
 def _run_evaluate(args: argparse.Namespace) -> None:
     from medclip_lab.files import write_json
 
     for path, name in ((args.out, "--out"), (args.page, "--page")):
         if path and path.is_dir():
             raise UserError(f"{name}: {path} is a folder; name a file")
+    if args.draws < 1:
+        raise UserError(f"--draws: at least one bootstrap draw is needed, got {args.draws}")
     if args.bundle is None and args.compare:
         from medclip_lab.evaluation import compare
 
+        _refuse(args, (*SCORED, "truncate", "protocol", "list"), "--compare of two results stands alone")
         if len(args.compare) != 2:
             raise UserError("--compare: without a model and shards, name two results of --out")
         compared = compare.compare(*map(Path, args.compare), draws=args.draws, seed=args.seed)
@@ -95,12 +114,7 @@ def _run_protocol(args: argparse.Namespace) -> None:
     from medclip_lab.files import write_json
     from medclip_lab.inference.foreign import open_encoder
 
-    alone = (
-        *("compare", "ensemble", "score", "temperature", "batch_zscore", "collapse_texts", "subgroups", "probe"),
-        *("corruptions", "against", "pointing", "page", "blur", "shuffle_labels"),
-    )
-    if beside := [name for name in alone if getattr(args, name)]:
-        raise UserError(f"--protocol stands alone: leave --{beside[0].replace('_', '-')} away")
+    _refuse(args, (*SCORED, "compare"), "--protocol stands alone")
     listed = None
     if args.list:
         try:
@@ -108,8 +122,8 @@ def _run_protocol(args: argparse.Namespace) -> None:
         except OSError as error:
             raise UserError(f"--list: cannot read {args.list}: {error.strerror}") from None
     model = open_encoder(args.bundle)
-    settings = {"draws": args.draws, "seed": args.seed, "max_bad": args.max_bad}
-    result = run_protocol(model, args.shards, args.protocol, listed=listed, **settings)
+    settings = {"draws": args.draws, "seed": args.seed, "max_bad": args.max_bad, "truncate": args.truncate}
+    result = run_protocol(model, args.shards, args.protocol, listed=listed, keep=args.out, **settings)
     if args.out:
         write_json(args.out, result | {"command": args.command})
     say(args, result, summary(result))
@@ -124,6 +138,9 @@ def _run_suite(args: argparse.Namespace) -> None:
         raise UserError("--baseline belongs to --corruptions")
     if args.show_images and not args.page:
         raise UserError("--show-images belongs to --page")
+    if args.average and not args.ensemble:
+        raise UserError("--average belongs to --ensemble")
+    split, labelset = args.split or "test", args.labelset or LABELSET
     extras = suite.Extras(
         subgroups=args.subgroups,
         probes=args.probe,
@@ -138,14 +155,17 @@ def _run_suite(args: argparse.Namespace) -> None:
         args.score, args.temperature, args.batch_zscore, args.truncate, calibrated=not args.no_calibration
     )
     models = suite.Models(
-        scoring, [open_encoder(other) for other in args.ensemble], args.average, *map(open_encoder, args.compare)
+        scoring,
+        [open_encoder(other) for other in args.ensemble],
+        args.average or "scores",
+        *map(open_encoder, args.compare),
     )
     model = open_encoder(args.bundle)
     evaluated = suite.run(
         model,
         args.shards,
-        args.split,
-        args.labelset,
+        split,
+        labelset,
         extras,
         models,
         collapse=args.collapse_texts,
@@ -155,6 +175,7 @@ def _run_suite(args: argparse.Namespace) -> None:
         control=args.shuffle_labels,
         max_bad=args.max_bad,
     )
+    evaluated.results["blur"] = args.blur or None
     result = evaluated.results | {"command": args.command}
     if args.out:
         write_json(args.out, result)
@@ -162,7 +183,7 @@ def _run_suite(args: argparse.Namespace) -> None:
     if args.page:
         from medclip_lab.evaluation.report_page import write_page
 
-        write_page(args.page, model, evaluated, args.labelset, args.command, args.shards if args.show_images else None)
+        write_page(args.page, model, evaluated, labelset, args.command, args.shards if args.show_images else None)
     say(args, result, "\n".join([protocol.summary(result), *suite.summary(result)]))
 
 

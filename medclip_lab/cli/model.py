@@ -149,6 +149,8 @@ def _run_classify(args: argparse.Namespace) -> None:
     from medclip_lab.inference.encoder import load
     from medclip_lab.inference.ensemble import ClassifierEnsemble
 
+    if args.average and not args.ensemble:
+        raise UserError("--average belongs to --ensemble")
     members = [
         load(bundle).zero_shot_classifier(
             args.labelset, args.score, temperature=args.temperature, truncate=args.truncate
@@ -157,7 +159,7 @@ def _run_classify(args: argparse.Namespace) -> None:
     ]
     classifier: ZeroShotClassifier | ClassifierEnsemble = members[0]
     if args.ensemble:
-        classifier = ClassifierEnsemble(members, args.average)
+        classifier = ClassifierEnsemble(members, args.average or "scores")
     rows = classifier.classify(args.images)
     lines = []
     for image, row in zip(args.images, rows, strict=True):

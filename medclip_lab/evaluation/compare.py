@@ -42,6 +42,9 @@ def save_scores(results: Path, data: Labelled, scores: Floats, study_ids: list[s
 def _load(results: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]], list[str], str]:
     value = read_json(results, "results")
     path = scores_path(results)
+    task = value.get("protocol", {}).get("task")
+    if task in ("class_retrieval", "report_retrieval"):
+        raise UserError(f"compare: {results} is of a protocol that finds studies ({task}) and has no scores of labels")
     try:
         with safe_open(path, framework="numpy") as file:
             facts = file.metadata()

@@ -160,6 +160,8 @@ def summary(results: dict[str, Any]) -> str:
     macro = shot["macro"]
     lines = [
         f"split {results['split']}: {results['studies']} studies of {results['patients']} patients",
+        *(["  control: labels were shuffled between studies"] if results.get("shuffled_labels") else []),
+        *([f"  control: images were blurred by {results['blur']:g} of their side"] if results.get("blur") else []),
         f"zero-shot AUROC, label set {shot['labelset']} ({shot['rule']}; 95 % interval, bootstrap by patient):",
     ]
     for row in shot["labels"]:

@@ -8,17 +8,25 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from medclip_lab.data.manifest import Manifest
 from medclip_lab.errors import UserError
+from medclip_lab.evaluation import compare
 from medclip_lab.evaluation.gather import Gathered, Labelled, gather, read_records
 from medclip_lab.evaluation.metrics import Floats, patient_weights
 from medclip_lab.evaluation.protocol import paired_retrieval
 from medclip_lab.evaluation.protocols import ProtocolConfig, Selection, labels_of, load_protocol, select
 from medclip_lab.evaluation.scored import lines_of_classes, measure_classes
-from medclip_lab.evaluation.table import auroc_table, lines_of
-from medclip_lab.inference.classifier import ScoreType
+from medclip_lab.evaluation.table import lines_of
+from medclip_lab.evaluation.zero_shot import Scoring, scores_of, zero_shot
+from medclip_lab.files import digest
+from medclip_lab.inference.bundle import versions
+from medclip_lab.inference.classifier import ScoreType, too_long
 from medclip_lab.inference.encoder import Encoder
 from medclip_lab.inference.labelset import LabelSet
+from medclip_lab.inference.prompts import PromptTooLongError
 
+Answers = tuple[Labelled, Floats, list[str]]
+"""Truth, scores [N, K] and ids of the studies that a result rests on."""
 CLASS_SCORES = ("mean_embedding", "mean_similarity", "max_similarity")
 
 
@@ -31,11 +39,15 @@ def run_protocol(
     seed: int = 0,
     listed: Sequence[str] | None = None,
     max_bad: float = 0.01,
+    truncate: bool = False,
+    keep: Path | None = None,
 ) -> dict[str, Any]:
     """One protocol on the user's shards, as a JSON-like dict that names all it was computed from.
 
     Args:
         listed: study ids of a list of the user's own.
+        truncate: cut prompts that are longer than the context instead of refusing them.
+        keep: the file that the result is written to; scores and truth are written beside it, for `compare`.
 
     Raises:
         UserError: no such protocol or label set, or data that cannot fill it.
@@ -48,12 +60,13 @@ def run_protocol(
     labels = [labels_of(record, protocol.labels_from, labelset.names) for record in found.records]
     found.held_out = replace(found.held_out, labels=labels)
     task: dict[str, Any]
+    answers: Answers | None = None
     if protocol.task == "multi_label":
-        task = _multi_label(encoder, found, labelset, protocol, draws, seed)
+        task, answers = _multi_label(encoder, found, labelset, protocol, draws, seed, truncate)
     elif protocol.task == "exclusive":
-        task = _exclusive(encoder, found, labelset, protocol, chosen, draws, seed)
+        task, answers = _exclusive(encoder, found, labelset, protocol, chosen, draws, seed, truncate)
     elif protocol.task == "class_retrieval":
-        task = _class_retrieval(encoder, found, labelset, protocol, chosen)
+        task = _class_retrieval(encoder, found, labelset, protocol, chosen, truncate)
     else:
         retrieval = paired_retrieval(found.held_out)
         if retrieval is None:
@@ -65,30 +78,54 @@ def run_protocol(
         for name, expected in protocol.expected.items()
         if counts.get(name) != expected
     }
+    if keep is not None and answers is not None:
+        compare.save_scores(keep, *answers)
     return {
         "protocol": asdict(protocol),
         "list_hash": chosen.hash,
         "bundle": encoder.fingerprint,
+        "shards": digest([shard.sha256 for shard in Manifest.load(shards).of_split(protocol.split)]),
         "labelset_hash": labelset.hash,
         "prompts": {label.name: {"positive": label.positive, "negative": label.negative} for label in labelset.labels},
         **counts,
         "left_out": chosen.left_out,
         "unusable": found.unusable,
         "differs_from_the_original": differs,
+        "versions": versions(),
         **task,
     }
 
 
 def _multi_label(
-    encoder: Encoder, found: Gathered, labelset: LabelSet, protocol: ProtocolConfig, draws: int, seed: int
-) -> dict[str, Any]:
-    classifier = encoder.zero_shot_classifier(labelset, cast(ScoreType, protocol.score) if protocol.score else None)
-    scores = classifier.scores(found.held_out.features).astype(np.float64)
-    table = auroc_table(Labelled.of(found.held_out, labelset.names), scores, draws=draws, seed=seed)
-    return {"score": classifier.score_type, "zero_shot": table}
+    encoder: Encoder,
+    found: Gathered,
+    labelset: LabelSet,
+    protocol: ProtocolConfig,
+    draws: int,
+    seed: int,
+    truncate: bool,
+) -> tuple[dict[str, Any], Answers]:
+    scoring = Scoring(cast(ScoreType, protocol.score) if protocol.score else None, truncate=truncate)
+    shot = zero_shot(encoder, found.held_out, labelset, draws, seed, scoring)
+    scores = scores_of([(encoder, found.held_out)], labelset, scoring)[1].astype(np.float64)
+    return {"score": shot["score"], "zero_shot": shot}, (
+        Labelled.of(found.held_out, labelset.names),
+        scores,
+        found.held_out.study_ids,
+    )
 
 
-def class_scores(encoder: Encoder, labelset: LabelSet, features: Floats, rule: str) -> Floats:
+def _positive(encoder: Encoder, labelset: LabelSet, truncate: bool) -> list[Floats]:
+    """[P, D] features of the positive prompts of each label."""
+    texts = [text for label in labelset.labels for text in label.positive]
+    try:
+        features = encoder.encode_prompts(texts, truncate).astype(np.float64)
+    except PromptTooLongError as error:
+        raise too_long(labelset, error) from None
+    return np.split(features, np.cumsum([len(label.positive) for label in labelset.labels])[:-1])
+
+
+def class_scores(encoder: Encoder, labelset: LabelSet, features: Floats, rule: str, truncate: bool = False) -> Floats:
     """[N, K] cosines of images to classes by their positive prompts.
 
     - mean_embedding: with the unit-norm mean of the prompts' features (CLIP's ensemble);
@@ -96,13 +133,12 @@ def class_scores(encoder: Encoder, labelset: LabelSet, features: Floats, rule: s
     - max_similarity: the largest (GLoRIA).
 
     Raises:
-        UserError: another rule.
+        UserError: another rule, or a prompt that is longer than the context and not to be cut.
     """
     if rule not in CLASS_SCORES:
         raise UserError(f"score: {rule!r} does not order classes; one of {', '.join(CLASS_SCORES)}")
     columns = []
-    for label in labelset.labels:
-        prompts = encoder.encode_texts(label.positive).astype(np.float64)
+    for prompts in _positive(encoder, labelset, truncate):
         if rule == "mean_embedding":
             mean = prompts.mean(0)
             columns.append(features @ (mean / np.linalg.norm(mean)))
@@ -120,7 +156,8 @@ def _exclusive(
     chosen: Selection,
     draws: int,
     seed: int,
-) -> dict[str, Any]:
+    truncate: bool,
+) -> tuple[dict[str, Any], Answers]:
     """The class with the highest score; of equal ones the first in the order of the label set."""
     names, rule = labelset.names, protocol.score or "mean_embedding"
     if chosen.classes:
@@ -132,13 +169,21 @@ def _exclusive(
         truth = np.array([names.index(present[row][0]) for row in rows], dtype=int)
     if len(rows) == 0:
         raise UserError(f"protocol {protocol.name}: no study has exactly one of {', '.join(names)}")
-    scores = class_scores(encoder, labelset, found.held_out.features[rows].astype(np.float64), rule)
+    scores = class_scores(encoder, labelset, found.held_out.features[rows].astype(np.float64), rule, truncate)
     weights = patient_weights([found.held_out.patient_ids[row] for row in rows], draws, seed)
-    return {
+    told = {
         "score": rule,
         "ties": "the first class of the label set",
         "exclusive": one_of(scores, truth, names, weights),
+        "bootstrap": {"draws": draws, "by": "patient", "seed": seed, "level": 0.95},
     }
+    part = found.rows(rows).held_out
+    positive = truth[:, None] == np.arange(len(names))
+    return told, (
+        Labelled(names, part.features, positive, np.ones_like(positive), part.patient_ids),
+        scores,
+        part.study_ids,
+    )
 
 
 def one_of(scores: Floats, truth: NDArray[np.int64], names: list[str], weights: Floats) -> dict[str, Any]:
@@ -180,18 +225,18 @@ def precision_at(scores: Floats, relevant: NDArray[np.bool_], ks: Sequence[int])
 
 
 def _class_retrieval(
-    encoder: Encoder, found: Gathered, labelset: LabelSet, protocol: ProtocolConfig, chosen: Selection
+    encoder: Encoder, found: Gathered, labelset: LabelSet, protocol: ProtocolConfig, chosen: Selection, truncate: bool
 ) -> dict[str, Any]:
     """Precision at K of images found by a prompt and by an image of the class; an image counts if it has the label."""
     names, studies = labelset.names, found.held_out.study_ids
     features = found.held_out.features.astype(np.float64)
     gallery = np.array([study in chosen.classes for study in studies])
     has = np.array([[row.get(name) == 1 for name in names] for row in found.held_out.labels])[gallery]
-    prompts = [(column, text) for column, label in enumerate(labelset.labels) for text in label.positive]
-    by_text = encoder.encode_texts([text for _, text in prompts]).astype(np.float64) @ features[gallery].T
-    asked = np.array([column for column, _ in prompts])
+    prompts = _positive(encoder, labelset, truncate)
+    by_text = np.concatenate(prompts) @ features[gallery].T
+    asked = np.repeat(np.arange(len(names)), [len(rows) for rows in prompts])
     result = {
-        "text_to_image": {"queries": len(prompts), "precision": precision_at(by_text, has[:, asked].T, protocol.ks)}
+        "text_to_image": {"queries": len(asked), "precision": precision_at(by_text, has[:, asked].T, protocol.ks)}
     }
     of_query = np.array([names.index(chosen.queries[study]) for study in studies if study in chosen.queries], dtype=int)
     if len(of_query):
@@ -218,7 +263,7 @@ def summary(result: dict[str, Any]) -> str:
     for name, told in result["differs_from_the_original"].items():
         lines.append(f"  not the original list: {told['found']} {name}, there {told['expected']}")
     if "zero_shot" in result:
-        lines += [f"zero-shot AUROC ({result['score']}; 95 % interval, bootstrap by patient):"]
+        lines += [f"zero-shot AUROC ({result['zero_shot']['rule']}; 95 % interval, bootstrap by patient):"]
         lines += lines_of(result["zero_shot"])
     if "exclusive" in result:
         told = result["exclusive"]

@@ -163,7 +163,7 @@ def same_name(name: str) -> str:
 
 
 def labels_of(record: Record, column: str, names: Sequence[str]) -> dict[str, int | None]:
-    """Label name to state, in the spelling of the label set; a list of what is present, or votes, deny everything else."""
+    """Label name to state, in the spelling of the label set; a list of what is present, or votes, deny the rest."""
     stated = {same_name(name): state for name, state in states_of(record, column).items()}
     value = record.get(column)
     silent = ABSENT if isinstance(value, list) or (column == VOTES and isinstance(value, dict)) else None

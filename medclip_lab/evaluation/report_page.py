@@ -283,9 +283,12 @@ def _hashes(encoder: Encoder, results: Mapping[str, Any]) -> dict[str, str]:
         "shards": str(results["shards"]),
         "label set": f"{shot['labelset']} {shot['labelset_hash']}",
         "studies": str(results["studies_hash"]),
-        "rule of scoring": str(shot["score"]),
+        "rule of scoring": str(shot["rule"]),
         "labels": str(shot["policy"]),
         "intervals": f"95 %, {shot['bootstrap']['draws']} draws by {shot['bootstrap']['by']}, seed "
         f"{shot['bootstrap']['seed']}",
     }
+    facts |= {f"ensemble, {number + 2}": member for number, member in enumerate(results["ensemble"])}
+    if "comparison" in shot:
+        facts["compared with"] = f"{shot['comparison']['with']} ({shot['comparison']['rule']})"
     return facts | {name: str(version) for name, version in results["versions"].items()}

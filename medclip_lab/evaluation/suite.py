@@ -248,7 +248,8 @@ def summary(results: dict[str, Any]) -> list[str]:
         lines.append(f"probe, {name:<20} {value}  ({row['labels']} labels, {row['seeds']} seeds)")
     if "corruptions" in results:
         told_of = results["corruptions"]
-        lines.append(f"corruptions (clean {told_of['clean_auroc']:.3f}; AUROC at severities 1 to 5):")
+        alone = ", of the first model alone" if results["ensemble"] else ""
+        lines.append(f"corruptions{alone} (clean {told_of['clean_auroc']:.3f}; AUROC at severities 1 to 5):")
         for kind, errors in told_of["errors"].items():
             lines.append(f"  {kind:<16} " + "  ".join(f"{1 - error:.3f}" for error in errors))
         drop, mce = told_of["relative_drop"]["mean"], told_of["mce"]

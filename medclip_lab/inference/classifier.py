@@ -151,11 +151,7 @@ class ZeroShotClassifier:
         try:
             features = encode_texts(list(prompts))
         except PromptTooLongError as error:
-            owner = next(label for label in labelset.labels if error.prompt in (*label.positive, *label.negative))
-            raise UserError(
-                f"label set {labelset.name}: a prompt of {owner.name} has {error.tokens} tokens, the context "
-                f"{error.context}: shorten {error.prompt[:60]!r}, or allow truncation (--truncate)"
-            ) from None
+            raise too_long(labelset, error) from None
 
         def rows(texts: list[str]) -> Floats:
             return features[[prompts[text] for text in texts]]
@@ -354,3 +350,12 @@ def _zscore(table: NDArray[np.float64]) -> NDArray[np.float64]:
     # All images alike: none stands out, and 0 / 0 is no answer.
     scored: NDArray[np.float64] = (table - table.mean(0)) / np.where(deviation > 0, deviation, 1)
     return scored
+
+
+def too_long(labelset: LabelSet, error: PromptTooLongError) -> UserError:
+    """The same as a line that names the label."""
+    owner = next(label for label in labelset.labels if error.prompt in (*label.positive, *label.negative))
+    return UserError(
+        f"label set {labelset.name}: a prompt of {owner.name} has {error.tokens} tokens, the context {error.context}: "
+        f"shorten {error.prompt[:60]!r}, or allow truncation (--truncate)"
+    )

@@ -22,8 +22,10 @@ from sklearn.metrics import (
 from medclip_lab.config import load_config, shipped
 from medclip_lab.data.manifest import Manifest
 from medclip_lab.errors import UserError
+from medclip_lab.evaluation.compare import compare
 from medclip_lab.evaluation.protocol_tasks import class_scores, one_of, precision_at, run_protocol, summary
 from medclip_lab.evaluation.protocols import ProtocolConfig, Sampling, labels_of, load_protocol, select
+from medclip_lab.files import write_json
 from medclip_lab.inference.encoder import Encoder, load
 
 SHIPPED = sorted(path.stem for path in shipped("protocols").glob("*.yaml"))
@@ -232,6 +234,48 @@ def test_scores_of_classes_by_hand(encoder: Encoder) -> None:
     assert class_scores(encoder, labelset, image, "mean_embedding")[0, 0] == pytest.approx(expected)
     with pytest.raises(UserError, match="'softmax' does not order classes"):
         class_scores(encoder, labelset, image, "softmax")
+
+
+def test_a_prompt_too_long_is_refused_or_cut(encoder: Encoder, toy_shards: Manifest, tmp_path: Path) -> None:
+    path = tmp_path / "long.yaml"
+    long = "The heart is " + "very " * 100 + "large."
+    path.write_text(
+        f"name: long\nlabels:\n  - {{name: Cardiomegaly, positive: [{long}], negative: [Heart size is normal.]}}\n"
+    )
+    drawn = Sampling(labels=["Cardiomegaly"], per_label=2)
+    for task in ("multi_label", "exclusive", "class_retrieval"):
+        asked = protocol(task=task, labelset=str(path), sampling=drawn if task != "multi_label" else None)
+        with pytest.raises(UserError, match="label set long by mine: a prompt of Cardiomegaly has 160 tokens"):
+            run_protocol(encoder, toy_shards.folder, asked, draws=5)
+        run_protocol(encoder, toy_shards.folder, replace(asked, queries_per_label=1), draws=5, truncate=True)
+
+
+def test_results_of_protocols_compare(encoder: Encoder, toy_shards: Manifest, tmp_path: Path) -> None:
+    for task, scores in (("multi_label", ["", "mean_embedding"]), ("exclusive", ["mean_embedding", "max_similarity"])):
+        paths = []
+        for rule in scores:
+            asked = protocol(task=task, sampling=None, labels=["Cardiomegaly", "Edema"], score=rule)
+            paths.append(tmp_path / f"{task}-{rule}.json")
+            result = run_protocol(encoder, toy_shards.folder, asked, draws=20, keep=paths[-1])
+            write_json(paths[-1], result)
+            assert result["versions"]["medclip_lab"]
+            assert len(result["shards"]) == 64
+            if task == "multi_label":
+                heart = result["zero_shot"]["labels"][0]["metrics"]
+                assert heart["auprc"]["low"] <= heart["auprc"]["value"] <= heart["auprc"]["high"]
+                assert result["zero_shot"]["rule"].startswith(rule or "sigmoid")
+        told = compare(*paths, draws=10)
+        assert told["studies_hash"]
+        assert [row["name"] for row in told["labels"]] == ["Cardiomegaly", "Edema"]
+    asked = protocol(task="report_retrieval", sampling=None)
+    write_json(tmp_path / "r.json", run_protocol(encoder, toy_shards.folder, asked, keep=tmp_path / "r.json"))
+    with pytest.raises(UserError, match="has no scores of labels"):
+        compare(tmp_path / "r.json", tmp_path / "r.json")
+
+
+def test_nothing_to_score_is_no_result(encoder: Encoder, toy_shards: Manifest) -> None:
+    with pytest.raises(UserError, match="has both classes in this data"):
+        run_protocol(encoder, toy_shards.folder, protocol(task="multi_label", sampling=None, labels=["Edema"]), draws=5)
 
 
 def test_tasks_on_the_toy_data(encoder: Encoder, toy_shards: Manifest) -> None:

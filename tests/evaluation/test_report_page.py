@@ -20,8 +20,9 @@ from medclip_lab.evaluation import charts
 from medclip_lab.evaluation.curves import confusion_of_one, precision_recall_points, roc_points
 from medclip_lab.evaluation.localisation import localisation
 from medclip_lab.evaluation.metrics import auroc
+from medclip_lab.evaluation.protocol import summary as protocol_summary
 from medclip_lab.evaluation.report_page import render, write_page
-from medclip_lab.evaluation.suite import Evaluated, Extras, run, summary
+from medclip_lab.evaluation.suite import Evaluated, Extras, Models, run, summary
 from medclip_lab.evaluation.zero_shot import Scoring
 from medclip_lab.inference.encoder import Encoder, load
 from medclip_lab.training.export import export
@@ -178,6 +179,36 @@ def test_the_page_of_a_label_set_that_only_the_bundle_has(carrying: Encoder, toy
     assert "A large heart indeed." in html
     with pytest.raises(UserError, match="label set hearts has no 'Edema': Cardiomegaly"):
         localisation(carrying, toy_shards.folder, labels=["Edema"], labelset="hearts")
+
+
+def test_the_page_says_how_it_was_scored(
+    encoder: Encoder, carrying: Encoder, toy_shards: Manifest, tmp_path: Path
+) -> None:
+    path = tmp_path / "size.yaml"
+    path.write_text(
+        "name: size\nexclusive: true\nlabels:\n"
+        "  - {name: Cardiomegaly, positive: [The heart is enlarged.]}\n"
+        "  - {name: Edema, positive: [Heart size is normal.]}\n"
+    )
+    models = Models(Scoring("max_similarity", batch_zscore=True), [encoder], compare=carrying)
+    told = run(encoder, toy_shards.folder, "test", str(path), Extras(), models, draws=5)
+    told.results["blur"] = 0.2
+    html = render(encoder, told, str(path), "")
+    assert told.results["zero_shot"]["rule"] in html
+    assert "transductive" in html
+    assert "mean of 2 checkpoints" in html
+    assert "images were blurred by 0.2" in html
+    parts = Parts()
+    parts.feed(html)
+    assert parts.open == []
+    assert "Beside another model" in html
+    assert "Cardiomegaly, AUROC" in html
+    assert "Macro F1" in html
+    assert f"{told.results['zero_shot']['exclusive']['accuracy']['value']:.3f}" in html
+    told.results["shuffled_labels"] = True
+    lines = protocol_summary(told.results)
+    assert "control: labels were shuffled" in lines
+    assert "control: images were blurred by 0.2" in lines
 
 
 def test_without_images_there_are_none_and_a_calibrated_model_has_reliability(
