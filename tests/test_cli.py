@@ -395,9 +395,15 @@ def test_the_whole_way_by_commands(
     assert answer["out_of_domain"]["flag"] in (True, False)
     assert main(["classify", bundle, str(image)]) == 0
     assert "operating" in capsys.readouterr().out
+    assert main(["classify", bundle, str(image), "--score", "max_similarity"]) == 0
+    assert "the bundle is calibrated for sigmoid, not for max_similarity" in capsys.readouterr().out
+    told = run_json(capsys, "evaluate", f"local-dir:{bundle}", shards, "--draws", "10")
+    assert told["zero_shot"]["calibration"] is None, "another fingerprint, another calibration"
     both = run_json(capsys, "evaluate", bundle, shards, "--draws", "10", "--compare", bundle, "--collapse-texts")
     assert both["zero_shot"]["comparison"]["macro"]["auroc"]["difference"] == 0.0
     assert both["zero_shot"]["calibration"]["hash"] == facts["hash"]
+    assert main(["calibrate", bundle, shards, "--split", "train"]) == 0
+    assert "WARNING: split train is what the model was fitted on" in capsys.readouterr().err
     hits = run_json(capsys, "search", bundle, str(out / "i"), "--image", str(image), "-k", "1000")
     assert len(hits) == toy_shards.count("test")
     assert main(["search", bundle, str(out / "i"), "--text", "x"]) == 0

@@ -44,10 +44,10 @@ def _spec(width: int, layers: int, patch: int, text_layers: int) -> dict[str, An
 
 CASES = {
     "data-bound": Case(_spec(64, 2, 32, 1), "1024-jpeg", 64, 24),
-    "compute-bound": Case(_spec(384, 12, 16, 12), "320-jpeg", 32, 10),
+    "compute-bound": Case(_spec(384, 12, 16, 12), "320-jpeg", 16, 8),
 }
 """A tower so small that it waits for its images, and ViT-S/16 as open_clip has it."""
-SAVING = Case(_spec(384, 12, 16, 12), "320-jpeg", 4, 44, save_every=10)
+SAVING = Case(_spec(384, 12, 16, 12), "320-jpeg", 4, 24, save_every=10)
 """What a checkpoint costs: of ViT-S/16 with a few rows a step, so that there are steps enough."""
 
 

@@ -216,6 +216,11 @@ def _run_calibrate(args: argparse.Namespace) -> None:
     from medclip_lab.evaluation.protocol import Scoring
     from medclip_lab.inference.encoder import load
 
+    if "train" in args.split.split("+"):
+        print(
+            "WARNING: split train is what the model was fitted on: its probabilities will be too sure; take val",
+            file=sys.stderr,
+        )
     encoder = load(args.bundle)
     calibration = calibrate(
         encoder,

@@ -145,17 +145,17 @@ def add_classify(verbs: Verbs) -> None:
 
 
 def _run_classify(args: argparse.Namespace) -> None:
+    from medclip_lab.inference.calibration import Calibration
     from medclip_lab.inference.classifier import ZeroShotClassifier
     from medclip_lab.inference.encoder import load
     from medclip_lab.inference.ensemble import ClassifierEnsemble
 
     if args.average and not args.ensemble:
         raise UserError("--average belongs to --ensemble")
+    encoders = [load(bundle) for bundle in (args.bundle, *args.ensemble)]
     members = [
-        load(bundle).zero_shot_classifier(
-            args.labelset, args.score, temperature=args.temperature, truncate=args.truncate
-        )
-        for bundle in (args.bundle, *args.ensemble)
+        encoder.zero_shot_classifier(args.labelset, args.score, temperature=args.temperature, truncate=args.truncate)
+        for encoder in encoders
     ]
     classifier: ZeroShotClassifier | ClassifierEnsemble = members[0]
     if args.ensemble:
@@ -167,7 +167,13 @@ def _run_classify(args: argparse.Namespace) -> None:
         lines.append(f"{image}" + ("  OUT OF DOMAIN: unlike the images of the calibration" if strange else ""))
         lines += [_line(name, value) for name, value in sorted(row["labels"].items(), key=lambda i: -i[1]["score"])]
     if classifier.calibration is None:
-        lines.append("scores order images; they are not probabilities (the bundle is not calibrated)")
+        made = Calibration.load(encoders[0].folder, classifier.labelset)
+        why = "the bundle is not calibrated"
+        if made is not None:
+            why = f"the bundle is calibrated for {made.facts['rule']}, not for {classifier.rule}"
+            if made.facts["labelset_hash"] != classifier.labelset_hash:
+                why = "the bundle is calibrated for other prompts"
+        lines.append(f"scores order images; they are not probabilities ({why})")
     else:
         lines.append(
             "operating: the probability on a scale where the threshold is 0.5; + is a decision for the finding"

@@ -144,6 +144,12 @@ def patient_weights(patients: Sequence[str], draws: int, seed: int) -> NDArray[n
     return weights.T  # a sample's draws side by side: that is how they are summed
 
 
+def mean_of_draws(values: Sequence[Floats] | Floats) -> Floats:
+    """[R] means over labels [K, R] that have a value in a draw; NaN, and no warning, where none has."""
+    table = np.asarray(values, dtype=np.float64)
+    return _ratio(np.nansum(table, axis=0), np.isfinite(table).sum(0))
+
+
 def interval(values: Floats, level: float = 0.95) -> tuple[float, float]:
     """Percentile interval of bootstrap values; draws without a value (one class) do not count."""
     tail = (1 - level) / 2 * 100

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from medclip_lab import progress
 from medclip_lab.evaluation.gather import Labelled, Scorer, refuse_shared_patients
-from medclip_lab.evaluation.metrics import Floats, auroc, interval, patient_weights, weighted_auroc
+from medclip_lab.evaluation.metrics import Floats, auroc, interval, mean_of_draws, patient_weights, weighted_auroc
 from medclip_lab.evaluation.table import auroc_table
 
 STRENGTHS = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3, 1e4)
@@ -89,7 +89,7 @@ def k_shot(
                 values.setdefault(name, []).append(auroc(scores, positive))
                 drawn.append(weighted_auroc(scores, positive, weights[:, used]))
             if drawn:
-                sampled.append(np.nanmean(drawn, axis=0))
+                sampled.append(mean_of_draws(drawn))
         row: dict[str, Any] = {kind: amount, "auroc": None, "low": None, "high": None, "seeds": repeats}
         if values:
             row["auroc"] = float(np.mean([np.mean(found) for found in values.values()]))

@@ -176,7 +176,8 @@ def summary(results: dict[str, Any]) -> str:
     )
     means = {name: told for name, told in macro["metrics"].items() if name != "auroc" and told["value"] is not None}
     lines += [
-        f"  mean {name:<35} {told['value']:.3f}  {told['low']:.3f}-{told['high']:.3f}" for name, told in means.items()
+        f"  mean {name:<35} {told['value']:.3f}  {told['low']:.3f}-{told['high']:.3f}  (of {told['labels']})"
+        for name, told in means.items()
     ]
     if shot["calibration"] is None:
         lines.append("  no threshold, no probability: the bundle is not calibrated for these scores")

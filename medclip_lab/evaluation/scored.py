@@ -18,6 +18,7 @@ from medclip_lab.evaluation.metrics import (
     brier,
     calibration_error,
     interval,
+    mean_of_draws,
     reliability,
 )
 
@@ -131,7 +132,7 @@ def mean_over(measured: Measured, names: Sequence[str], metric: str) -> tuple[di
     rows = [row for row in measured.rows if row["name"] in names and row["metrics"][metric]["value"] is not None]
     if not rows:
         return {"value": None, "reason": "no label has it", "labels": 0}, None
-    draws: Floats = np.nanmean([measured.draws[row["name"]][metric] for row in rows], axis=0)
+    draws = mean_of_draws([measured.draws[row["name"]][metric] for row in rows])
     low, high = interval(draws)
     value = float(np.mean([row["metrics"][metric]["value"] for row in rows]))
     return {"value": value, "low": low, "high": high, "labels": len(rows)}, draws

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from medclip_lab.evaluation.gather import Labelled
-from medclip_lab.evaluation.metrics import Floats, auroc, interval, patient_weights, weighted_auroc
+from medclip_lab.evaluation.metrics import Floats, auroc, interval, mean_of_draws, patient_weights, weighted_auroc
 
 
 def auroc_table(
@@ -41,7 +41,7 @@ def _macro(labels: list[dict[str, Any]], sampled: list[Floats]) -> dict[str, Any
     measured = [row["auroc"] for row in labels if row["auroc"] is not None]
     if not measured:
         return {"auroc": None, "low": None, "high": None, "labels": 0, "reason": "no label can be scored"}
-    low, high = interval(np.nanmean(sampled, axis=0))
+    low, high = interval(mean_of_draws(sampled))
     return {"auroc": float(np.mean(measured)), "low": low, "high": high, "labels": len(measured)}
 
 

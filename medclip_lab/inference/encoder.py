@@ -145,7 +145,9 @@ class Encoder:
         )
         classifier = classifier.with_rule(score_type, temperature=temperature, batch_zscore=batch_zscore)
         calibration = Calibration.load(self.folder, wanted.name) if calibrated else None
-        if calibration is not None and calibration.fits(classifier.rule, wanted.hash):
+        # A bundle's weights, opened as another's model, may see images that are prepared otherwise.
+        ours = calibration is not None and calibration.facts["bundle"] == self.fingerprint
+        if calibration is not None and ours and calibration.fits(classifier.rule, wanted.hash):
             classifier.calibration = calibration
         return classifier.with_encoder(self)
 

@@ -19,6 +19,8 @@ from medclip_lab.errors import UserError
 
 OPERATORS = ("<=", ">=", "!=", "=", "<", ">", " in ")
 LABELS = "labels."
+NAMES = ("study_id", "patient_id", "text")
+"""Text that is neither number nor date, whatever it looks like."""
 _WRITTEN = re.compile(r"\s*(labels\.[^=!<>]+?|\w+)\s*(<=|>=|!=|=|<|>|\sin\s)(?!=)\s*(.*\S)\s*", re.DOTALL)
 _NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 _DATE = re.compile(r"(\d{4})-?(\d{2})-?(\d{2})([T ].*)?")
@@ -161,12 +163,29 @@ def _meets(column: Any, condition: Condition) -> NDArray[np.bool_]:
     # At 64 bits: a value that is too large for the column is in none of its rows, and no mistake.
     column = pc.cast(column, pa.int64()) if numbers else column
     values = [whole(condition, value) if numbers else value for value in condition.values]
+    if not numbers and condition.column not in NAMES:
+        return _alike(column, condition)
     wanted = pa.array(values, column.type)
     functions = {
         "=": pc.equal, "!=": pc.not_equal, "<": pc.less, "<=": pc.less_equal, ">": pc.greater, ">=": pc.greater_equal
     }  # fmt: skip
     compare = functions.get(condition.operator)
     return _bools(pc.fill_null(compare(column, wanted[0]) if compare else pc.is_in(column, wanted), False))
+
+
+def _alike(column: Any, condition: Condition) -> NDArray[np.bool_]:
+    """Text that is one of the values, or the same number or date written otherwise: 60.0, 20190131."""
+    same = quantities(condition)
+    distinct = [text for text in pc.unique(column).to_pylist() if text is not None]
+    right = {text for text in distinct if text in condition.values or quantity(text) in same}
+    if condition.operator == "!=":
+        right = set(distinct) - right
+    return _bools(pc.is_in(column, pa.array(sorted(right), column.type)))
+
+
+def quantities(condition: Condition) -> set[tuple[str, float]]:
+    """What those of its values are that are numbers or dates."""
+    return {found for found in map(quantity, condition.values) if found is not None}
 
 
 def _in_order(column: Any, condition: Condition) -> NDArray[np.bool_]:

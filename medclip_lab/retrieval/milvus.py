@@ -18,7 +18,17 @@ from medclip_lab.errors import UserError
 from medclip_lab.progress import track
 from medclip_lab.retrieval.build import Folders, open_all
 from medclip_lab.retrieval.embeddings import MODALITIES, Embeddings, Floats, Rows
-from medclip_lab.retrieval.filters import ORDER, Condition, Where, kind_of, quantity, refuse_kind, whole
+from medclip_lab.retrieval.filters import (
+    NAMES,
+    ORDER,
+    Condition,
+    Where,
+    kind_of,
+    quantities,
+    quantity,
+    refuse_kind,
+    whole,
+)
 from medclip_lab.retrieval.gallery import joined
 from medclip_lab.retrieval.milvus_client import ask, connect, import_pymilvus, quoted
 from medclip_lab.retrieval.parameters import Parameters
@@ -33,8 +43,6 @@ LIMIT = 16_384
 BATCH = 1000
 LONGEST = 65_535
 """Bytes of a text that Milvus holds."""
-NAMES = ("study_id", "patient_id", "text")
-"""Text that is neither number nor date."""
 _SIGNS = {"=": "==", "!=": "!=", "<": "<", "<=": "<=", ">": ">", ">=": ">="}
 
 
@@ -248,6 +256,8 @@ class MilvusIndex(Store):
                     raise refuse_kind(condition, kind)
                 return f"{name}__{kind} {sign} {value!r}"
             values = [quoted(value) for value in condition.values]
+            if name not in NAMES:
+                return _alike(name, values, condition)
         else:
             values = [str(whole(condition, value)) for value in condition.values]
         if sign is None:
@@ -279,6 +289,17 @@ class MilvusIndex(Store):
         if missing:
             raise UserError(f"index: {self.collection} holds no id {missing[0]}")
         return [found[number] for number in numbers]
+
+
+def _alike(name: str, values: Sequence[str], condition: Condition) -> str:
+    """As in `filters`: one of the texts, or the same number or date written otherwise."""
+    derived = [(f"{name}__{kind}", value) for kind, value in sorted(quantities(condition))]
+    texts = f"[{', '.join(values)}]"
+    if condition.operator == "!=":
+        others = [f"({column} is null or {column} != {value!r})" for column, value in derived]
+        return " and ".join([f"({name} is not null", f"{name} not in {texts}", *others]) + ")"
+    same = [f"({column} is not null and {column} == {value!r})" for column, value in derived]
+    return f"({' or '.join([f'{name} in {texts}', *same])})"
 
 
 def _any(label: str, values: Sequence[int]) -> str:

@@ -18,6 +18,7 @@ from medclip_lab.evaluation.metrics import (
     calibration_error,
     interval,
     known,
+    mean_of_draws,
     patient_weights,
     reliability,
     weighted_auroc,
@@ -181,3 +182,9 @@ def test_patients_are_drawn_whole() -> None:
 
 def test_interval_leaves_out_draws_without_a_value() -> None:
     assert interval(np.r_[np.linspace(0, 1, 101), np.nan]) == pytest.approx((0.025, 0.975))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_draw_in_which_no_label_has_both_classes_has_no_mean() -> None:
+    draws = mean_of_draws(np.array([[0.5, np.nan, np.nan], [0.7, 0.9, np.nan]]))
+    np.testing.assert_allclose(draws, [0.6, 0.9, np.nan])

@@ -76,6 +76,29 @@ def test_dates_compare_however_they_are_written(compare: str, date: datetime.dat
     assert found.tolist() == [COMPARE[compare](has, date) for has in dates]
 
 
+@given(age=st.integers(20, 90), written=st.sampled_from(["{}", "{}.0", "+{}", "0{}"]))
+def test_a_number_equals_itself_however_it_is_written(age: int, written: str) -> None:
+    text, has = written.format(age), [row["age"] for row in ROWS]
+    assert mask(TABLE, [parse(f"age={text}")]).tolist() == [value == str(age) for value in has]
+    assert mask(TABLE, [parse(f"age!={text}")]).tolist() == [value not in (None, str(age)) for value in has]
+    found = mask(TABLE, [parse(f"age in {text},unknown")])
+    assert found.tolist() == [value in (str(age), "unknown") for value in has]
+
+
+def test_a_date_equals_itself_however_it_is_written() -> None:
+    has = [row["study_date"].replace("-", "") for row in ROWS]
+    for text in ("2013-04-15", "20130415"):
+        assert 0 < mask(TABLE, [parse(f"study_date={text}")]).sum() < len(ROWS)
+        assert mask(TABLE, [parse(f"study_date={text}")]).tolist() == [date == "20130415" for date in has]
+        assert mask(TABLE, [parse(f"study_date!={text}")]).tolist() == [date != "20130415" for date in has]
+
+
+def test_names_that_look_like_numbers_are_names() -> None:
+    table = pa.table({"patient_id": ["7", "007", "7.0"], "age": ["7", "007", "7.0"]})
+    assert mask(table, [parse("patient_id=7")]).tolist() == [True, False, False]
+    assert mask(table, [parse("age=7")]).tolist() == [True, True, True]
+
+
 def test_a_missing_value_meets_nothing() -> None:
     sexes = [row["sex"] for row in ROWS]
     assert None in sexes

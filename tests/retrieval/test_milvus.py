@@ -53,7 +53,9 @@ def lite(place: Path) -> MilvusIndex:
 WHERE = (
     [], ["view=PA"], ["view!=PA"], ["sex in F,M"], ["sex!=F", "age>=30"], ["age<45"], ["study_date>2014-06-01"],
     ["labels.Edema=1"], ["labels.Edema!=1"], ["labels.Pleural Effusion in 0,-1"], ["labels.Edema>=0", "image=0"],
-    ["image>0"], ["study_id=s7"], ["patient_id=" + NASTY.strip()],
+    ["image>0"], ["study_id=s7"], ["age=28.0"], ["age!=28.0"], ["age in 28.0,unknown,44"],
+    ["study_date=20110215"], ["study_date!=20110215"], ["study_date!=2012-03-15", "sex!=F"],
+    ["patient_id=" + NASTY.strip()],
 )  # fmt: skip
 
 
