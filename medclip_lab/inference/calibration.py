@@ -69,7 +69,7 @@ def operating(probabilities: Floats, threshold: float) -> Floats:
     """Probabilities on a scale where the threshold is 0.5: linear below it and above it, torchxrayvision's op_norm."""
     below = probabilities / (2 * max(threshold, LEAST))
     above = 1 - (1 - probabilities) / (2 * max(1 - threshold, LEAST))
-    value: Floats = np.where(probabilities < threshold, below, above)
+    value: Floats = np.select([probabilities < threshold, probabilities > threshold], [below, above], 0.5)
     return value
 
 
