@@ -89,11 +89,8 @@ def plain_batches(shards: Path, size: int, batch: int, samples: int, seed: int) 
 
 
 def their_batches(shards: Path, size: int, batch: int, samples: int, seed: int) -> Iterable[Any]:
-    from open_clip_train import data
+    from medclip_lab.bench.peer import open_clip_data
 
-    expand = data.tar_file_expander
-    # webdataset 0.2.90 and newer end a shard with an empty sample, at which open_clip 3.3 stops (its issue 935).
-    data.tar_file_expander = lambda *given, **named: (member for member in expand(*given, **named) if member)
     args = SimpleNamespace(
         train_data="::".join(str(path) for path in sorted(shards.glob("*.tar"))),
         train_data_upsampling_factors=None,
@@ -104,7 +101,7 @@ def their_batches(shards: Path, size: int, batch: int, samples: int, seed: int) 
         workers=0,
         world_size=1,
     )
-    made = data.get_wds_dataset(args, _their_transform(size), True, tokenizer=_tokenizer())
+    made = open_clip_data().get_wds_dataset(args, _their_transform(size), True, tokenizer=_tokenizer())
     loader: Iterable[Any] = made.dataloader
     return loader
 

@@ -5,21 +5,17 @@ of bare matrix products. What no machine here can tell is assumed, and stands in
 """
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medclip_lab.bench.data_shards import KINDS, made, write
-from medclip_lab.bench.train import CASES, PACKAGES, WARM_UP, Case, run_side, write_model
-from medclip_lab.doctor import commit, cpu_name, memory_gib
+from medclip_lab.bench.train import CASES, WARM_UP, Case, facts, run_side, write_model
 from medclip_lab.errors import UserError
 
 FITTED, CHECKED = (4, 8, 16), 12  # rows of the steps that the line is laid through, and of one that it must foretell
@@ -90,12 +86,7 @@ def bench_scale(say: Callable[[str], None] | None = None) -> dict[str, Any]:
     activation = float(memory[0]) / 2 * VIT_B_16.gflops / (flops / 1e9)
     model, cluster = replace(VIT_B_16, activation_mib=activation), Cluster()
     return {
-        "commit": commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": memory_gib(),
-        "versions": {name: version(name) for name in PACKAGES},
+        **facts(),
         "here": {
             "forward_gflops_a_sample": round(flops / 1e9, 2),
             "matmul_gflops": round(rate, 1),

@@ -98,13 +98,20 @@ def bench_train(
                 say(line(name, cases[name]))
     return {
         "repeats": repeats,
+        **facts(),
+        "cases": cases,
+    }
+
+
+def facts() -> dict[str, Any]:
+    """On what, when and with which versions something was measured."""
+    return {
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": memory_gib(),
         "versions": {name: version(name) for name in PACKAGES},
-        "cases": cases,
     }
 
 

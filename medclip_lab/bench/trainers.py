@@ -117,18 +117,16 @@ def their_trainer(job: dict[str, Any], moments: Moments) -> None:
     """One epoch of open_clip's `train_one_epoch` over its own loader, model, loss, optimizer and transforms."""
     import open_clip
     import torch
-    from open_clip_train import data
     from open_clip_train.scheduler import cosine_lr
     from open_clip_train.train import train_one_epoch
 
+    from medclip_lab.bench.peer import open_clip_data
+
     logging.basicConfig(level=logging.ERROR)
-    expand = data.tar_file_expander
-    # webdataset 0.2.90 and newer end a shard with an empty sample, at which open_clip 3.3 stops (its issue 935).
-    data.tar_file_expander = lambda *given, **named: (member for member in expand(*given, **named) if member)
     name = f"local-dir:{job['model']}"
     model, transform, _ = open_clip.create_model_and_transforms(name, aug_cfg={"scale": CROP}, output_dict=True)
     args = _their_arguments(job)
-    made = data.get_wds_dataset(args, transform, True, tokenizer=open_clip.get_tokenizer(name))
+    made = open_clip_data().get_wds_dataset(args, transform, True, tokenizer=open_clip.get_tokenizer(name))
     made.dataloader = _Noted(made.dataloader, moments)
     decayed = [value for value in model.parameters() if value.ndim >= 2]
     others = [value for value in model.parameters() if value.ndim < 2]
