@@ -5,7 +5,16 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from medclip_lab.cli.common import LABELSET, Verbs, add_ensemble, add_max_bad, add_scoring, add_verb, say
+from medclip_lab.cli.common import (
+    LABELSET,
+    Verbs,
+    add_ensemble,
+    add_labels_from,
+    add_max_bad,
+    add_scoring,
+    add_verb,
+    say,
+)
 from medclip_lab.errors import UserError
 
 
@@ -21,7 +30,8 @@ def add_evaluate(verbs: Verbs) -> None:
     parser.add_argument("shards", nargs="?", type=Path)
     parser.add_argument("--split", default=None, help="(default: test)")
     add_scoring(parser)
-    parser.set_defaults(labelset=None)  # so that what is named beside a protocol is known
+    add_labels_from(parser)
+    parser.set_defaults(labelset=None, labels_from=None)  # so that what is named beside a protocol is known
     add_ensemble(parser)
     parser.add_argument("--batch-zscore", action="store_true", help="z-score each label over the split (transductive)")
     parser.add_argument(
@@ -67,9 +77,9 @@ def add_evaluate(verbs: Verbs) -> None:
 
 
 SCORED = (
-    *("split", "labelset", "score", "temperature", "ensemble", "average", "batch_zscore", "no_calibration"),
-    *("collapse_texts", "blur", "shuffle_labels", "subgroups", "probe", "corruptions", "baseline", "against"),
-    *("pointing", "page", "show_images"),
+    *("split", "labelset", "labels_from", "score", "temperature", "ensemble", "average", "batch_zscore"),
+    *("no_calibration", "collapse_texts", "blur", "shuffle_labels", "subgroups", "probe", "corruptions", "baseline"),
+    *("against", "pointing", "show_images"),
 )
 """What a protocol says itself, and what two written results have behind them."""
 
@@ -91,7 +101,7 @@ def _run_evaluate(args: argparse.Namespace) -> None:
     if args.bundle is None and args.compare:
         from medclip_lab.evaluation import compare
 
-        _refuse(args, (*SCORED, "truncate", "protocol", "list"), "--compare of two results stands alone")
+        _refuse(args, (*SCORED, "truncate", "protocol", "list", "page"), "--compare of two results stands alone")
         if len(args.compare) != 2:
             raise UserError("--compare: without a model and shards, name two results of --out")
         compared = compare.compare(*map(Path, args.compare), draws=args.draws, seed=args.seed)
@@ -123,7 +133,16 @@ def _run_protocol(args: argparse.Namespace) -> None:
             raise UserError(f"--list: cannot read {args.list}: {error.strerror}") from None
     model = open_encoder(args.bundle)
     settings = {"draws": args.draws, "seed": args.seed, "max_bad": args.max_bad, "truncate": args.truncate}
-    result = run_protocol(model, args.shards, args.protocol, listed=listed, keep=args.out, **settings)
+    result = run_protocol(
+        model,
+        args.shards,
+        args.protocol,
+        listed=listed,
+        keep=args.out,
+        page=args.page,
+        command=args.command,
+        **settings,
+    )
     if args.out:
         write_json(args.out, result | {"command": args.command})
     say(args, result, summary(result))
@@ -174,6 +193,7 @@ def _run_suite(args: argparse.Namespace) -> None:
         change=protocol.blur(args.blur) if args.blur else None,
         control=args.shuffle_labels,
         max_bad=args.max_bad,
+        labels_from=args.labels_from or "labels",
     )
     evaluated.results["blur"] = args.blur or None
     result = evaluated.results | {"command": args.command}
@@ -199,6 +219,8 @@ def add_calibrate(verbs: Verbs) -> None:
     parser.add_argument("shards", type=Path)
     parser.add_argument("--split", default="val", help="never test (default: val)")
     add_scoring(parser)
+    add_labels_from(parser)
+    add_ensemble(parser)
     parser.add_argument(
         "--method",
         default="platt",
@@ -221,6 +243,8 @@ def _run_calibrate(args: argparse.Namespace) -> None:
             "WARNING: split train is what the model was fitted on: its probabilities will be too sure; take val",
             file=sys.stderr,
         )
+    if args.average and not args.ensemble:
+        raise UserError("--average belongs to --ensemble")
     encoder = load(args.bundle)
     calibration = calibrate(
         encoder,
@@ -233,6 +257,9 @@ def _run_calibrate(args: argparse.Namespace) -> None:
         scoring=Scoring(args.score, args.temperature, truncate=args.truncate, calibrated=False),
         max_bad=args.max_bad,
         command=args.command,
+        labels_from=args.labels_from,
+        ensemble=[load(other) for other in args.ensemble],
+        average=args.average or "scores",
     )
     calibration.save(encoder.folder)
     told = {name: value for name, value in calibration.facts.items() if name != "patients"}
@@ -257,7 +284,9 @@ def add_explain(verbs: Verbs) -> None:
         default="auto",
         help="auto: patches for a ViT, hirescam for a convolutional tower (default: auto)",
     )
-    parser.add_argument("--stage", type=int, default=None, help="of a convolutional tower, -1 being the last")
+    parser.add_argument(
+        "--stage", type=int, default=None, help="of a convolutional tower, -1 being the last (default: all)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="PNG of what the tower saw, with the map over it")
 
 

@@ -14,14 +14,18 @@ from medclip_lab.data.manifest import Manifest
 from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.reader import read_split
 from medclip_lab.errors import UserError
-from medclip_lab.evaluation.held_out import HeldOut, encode_split, label_truth
+from medclip_lab.evaluation.bootstrap import wilson
+from medclip_lab.evaluation.gather import Gathered, gather
+from medclip_lab.evaluation.held_out import HeldOut, ImageChange, label_truth
+from medclip_lab.evaluation.labels_from import LABELS, LabelsFrom, lines_of_labels
 from medclip_lab.evaluation.metrics import Bools, Floats, Ranked, auroc
-from medclip_lab.evaluation.zero_shot import Scoring
+from medclip_lab.evaluation.zero_shot import Scoring, classifier_of, joint_features, scores_by
 from medclip_lab.files import digest
 from medclip_lab.inference.bundle import versions
 from medclip_lab.inference.calibration import FORMAT, Calibration, Curve, Method, hash_patients, mahalanobis
-from medclip_lab.inference.classifier import PROBABILITY_LIKE, ZeroShotClassifier
+from medclip_lab.inference.classifier import PROBABILITY_LIKE
 from medclip_lab.inference.encoder import Encoder
+from medclip_lab.inference.ensemble import Average
 from medclip_lab.inference.labelset import unknown
 
 FEWEST = 5
@@ -188,14 +192,6 @@ def fit_domain(
     return domain, {"distance": "Mahalanobis", "threshold": limit, "aimed_at": false_alarm, "false_alarms": measured}
 
 
-def wilson(count: int, total: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson, 1927)."""
-    z = 1.959964
-    share, more = count / total, z**2 / total
-    center, half = share + more / 2, z * np.sqrt(share * (1 - share) / total + more / (4 * total))
-    return max(0.0, float((center - half) / (1 + more))), min(1.0, float((center + half) / (1 + more)))
-
-
 def shuffle_tiles(image: Image.Image) -> Image.Image:
     """The same grey values in another place: 8 x 8 tiles in an order of no anatomy."""
     image = image.resize((image.width // TILES * TILES or TILES, image.height // TILES * TILES or TILES))
@@ -219,12 +215,18 @@ def calibrate(
     scoring: Scoring = Scoring(calibrated=False),  # noqa: B008 - frozen
     max_bad: float = 0.01,
     command: str = "",
+    labels_from: str = LABELS,
+    ensemble: Sequence[Encoder] = (),
+    average: Average = "scores",
 ) -> Calibration:
     """Fit probabilities, thresholds and the domain on a validation split; `Calibration.save` puts them into the bundle.
 
     Args:
         method, threshold: see `Curve` and `ThresholdRule`.
         false_alarm: share of validation images that may be called out of domain.
+        labels_from: see `LabelsFrom`.
+        ensemble, average: further models whose scores are averaged with this one's: the calibration is then that of all
+            of them together, and the domain that of their features side by side.
 
     Raises:
         UserError: test patients, or a rule, method or data that do not serve.
@@ -236,23 +238,32 @@ def calibrate(
         raise UserError(f"calibrate: --false-alarm is a share between 0 and 1, got {false_alarm:g}")
     if "test" in split.split("+"):
         raise UserError(f"calibrate: split {split!r} is for evaluation alone; take 'val'")
-    classifier = scoring.classifier(encoder, labelset)
+    truth = LabelsFrom(labels_from)
+    models = [encoder, *ensemble]
+    classifier = classifier_of(models, labelset, scoring, average)
     if scoring.batch_zscore:
         raise UserError("calibrate: a score that depends on the other images of its batch cannot be calibrated")
     if method == "temperature" and classifier.score_type not in PROBABILITY_LIKE:
         raise UserError(
             f"calibrate: a temperature needs scores in (0, 1), not the cosines of {classifier.score_type!r}"
         )
-    held_out, _ = encode_split(encoder, shards, split, max_bad=max_bad, texts=False)
+
+    def embed(change: ImageChange | None = None) -> list[Gathered]:
+        return [gather(model, shards, split, change=change, max_bad=max_bad, texts=False) for model in models]
+
+    found = embed()
+    held_out = found[0].held_out
+    held_out.labels, told = truth.label(found[0].records, classifier.names)
     shared = _test_patients(shards) & set(held_out.patient_ids)
     if shared:
         raise UserError(
             f"calibrate: {len(shared)} patients of split {split!r} stand in split 'test' too: prepare again"
         )
-    domain, out_of_domain = fit_domain(held_out.features, held_out.patient_ids, false_alarm)
-    foreign, _ = encode_split(encoder, shards, split, change=shuffle_tiles, max_bad=max_bad, texts=False)
-    far = mahalanobis(foreign.features, domain["mean"], domain["whitening"]) > out_of_domain["threshold"]
-    labels = _fit_labels(classifier, held_out, method, rule)
+    features, foreign = (joint_features([part.held_out for part in parts]) for parts in (found, embed(shuffle_tiles)))
+    domain, out_of_domain = fit_domain(features, held_out.patient_ids, false_alarm)
+    far = mahalanobis(foreign, domain["mean"], domain["whitening"]) > out_of_domain["threshold"]
+    scores = scores_by(classifier, [part.held_out for part in found])
+    labels = _fit_labels(classifier.names, scores, held_out, method, rule, classifier.score_type in PROBABILITY_LIKE)
     if all(row["parameters"] is None for row in labels):
         row = labels[0]
         raise UserError(
@@ -261,6 +272,7 @@ def calibrate(
     facts = {
         "format": FORMAT,
         "bundle": encoder.fingerprint,
+        "members": [model.fingerprint for model in models],
         "labelset": classifier.labelset,
         "labelset_hash": classifier.labelset_hash,
         "rule": classifier.rule,
@@ -270,6 +282,7 @@ def calibrate(
         "split": split,
         "shards": digest([shard.sha256 for shard in Manifest.load(shards).of_split(split)]),
         "images": len(held_out.study_ids),
+        "labels_from": told,
         "labels": labels,
         "out_of_domain": out_of_domain | {"detected": {f"{TILES} x {TILES} tiles shuffled": float(far.mean())}},
         "patients": hash_patients(held_out.patient_ids),
@@ -280,12 +293,10 @@ def calibrate(
 
 
 def _fit_labels(
-    classifier: ZeroShotClassifier, held_out: HeldOut, method: Method, rule: ThresholdRule
+    names: Sequence[str], scores: Floats, held_out: HeldOut, method: Method, rule: ThresholdRule, of_logit: bool
 ) -> list[dict[str, Any]]:
-    scores = classifier.scores(held_out.features)
-    of_logit = classifier.score_type in PROBABILITY_LIKE
     rows = []
-    for column, name in enumerate(classifier.names):
+    for column, name in enumerate(names):
         positive, used = label_truth(held_out.labels, name)
         rows.append(fit_label(name, scores[used, column], positive[used], method, rule, of_logit))
     return rows
@@ -306,7 +317,9 @@ def summary(calibration: Calibration) -> str:
     facts = calibration.facts
     lines = [
         f"label set {facts['labelset']}, {facts['rule']}; {facts['method']}, threshold by {facts['threshold_rule']}; "
-        f"{facts['images']} images of {len(facts['patients']['hashes'])} patients, split {facts['split']}"
+        f"{facts['images']} images of {len(facts['patients']['hashes'])} patients, split {facts['split']}",
+        *([f"of {len(facts['members'])} models together"] if len(facts["members"]) > 1 else []),
+        *lines_of_labels(facts["labels_from"]),
     ]
     for row in facts["labels"]:
         if row["parameters"] is None:

@@ -1,7 +1,7 @@
 """Features once: the studies of a split that are wanted, embedded in one pass, with what their records say."""
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from medclip_lab import progress
-from medclip_lab.data.decode import DecodeError, decode_image
+from medclip_lab.data.decode import decode_image
 from medclip_lab.data.manifest import Manifest
 from medclip_lab.data.quarantine import Quarantine
 from medclip_lab.data.reader import read_split
 from medclip_lab.errors import UserError
-from medclip_lab.evaluation.protocol import HeldOut, ImageChange, label_truth
+from medclip_lab.evaluation.held_out import HeldOut, ImageChange, label_truth, read_and_encode
 from medclip_lab.inference.encoder import Encoder
 
 FRONTAL = ("PA", "AP", "AP SUPINE", "FRONTAL")
@@ -79,36 +79,9 @@ def gather(
     Raises:
         UserError: nothing is left to embed, or too much of it cannot be read.
     """
-    manifest = Manifest.load(shards)
-    total = manifest.count(split)
-    quarantine = Quarantine(total, max_bad)
-    held_out, records = HeldOut(np.empty(0, np.float32), np.empty(0, np.float32)), []
-
-    def pixels() -> Iterator[Image.Image]:
-        for study in progress.track(read_split(manifest, split, quarantine), f"encode {split}", total):
-            record = study.record
-            number = 0 if images is None else images.get(record["study_id"], -1)
-            if not 0 <= number < len(study.images):
-                continue
-            suffix, data = study.images[number]
-            try:
-                image = encoder.preprocess.window(decode_image(data, suffix))
-            except DecodeError as error:
-                quarantine.add(study.shard, study.key, "unreadable image", str(error))
-                continue
-            held_out.study_ids.append(record["study_id"])
-            held_out.patient_ids.append(record["patient_id"])
-            held_out.labels.append(record.get("labels") or {})
-            held_out.texts.append(record.get("text") or "")
-            kept = {name: value for name, value in record.items() if name not in ("text", "sections", "sentences")}
-            records.append(kept | {"image": number})
-            yield change(image) if change else image
-
-    held_out.features = encoder.encode_images(pixels())
-    if not records:
-        raise UserError(f"evaluate: split {split!r} of {manifest.folder} has no images that are asked for")
-    if texts:
-        held_out.text_features = encoder.encode_texts([text for text in held_out.texts if text])
+    held_out, quarantine, records = read_and_encode(
+        encoder, shards, split, images=images, change=change, max_bad=max_bad, texts=texts
+    )
     return Gathered(held_out, records, dict(quarantine.causes))
 
 

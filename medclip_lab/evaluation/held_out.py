@@ -1,8 +1,9 @@
 """A split of shards through a bundle: features, labels and texts of its studies."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,36 +59,64 @@ def encode_split(
         keep_images: keep the encoded images, for a page that shows some.
         texts: embed the reports too.
     """
+    held_out, quarantine, _ = read_and_encode(
+        encoder, shards, split, change=change, max_bad=max_bad, keep_images=keep_images, texts=texts
+    )
+    return held_out, quarantine
+
+
+def read_and_encode(
+    encoder: Encoder,
+    shards: str | Path,
+    split: str,
+    *,
+    images: Mapping[str, int] | None = None,
+    change: ImageChange | None = None,
+    max_bad: float = 0.01,
+    keep_images: bool = False,
+    texts: bool = True,
+) -> tuple[HeldOut, Quarantine, list[dict[str, Any]]]:
+    """The split, what of it could not be read, and the record of each study without its text, with its "image".
+
+    Args:
+        images: study id to the number of its image that is taken; others are left out. None takes the first of every
+            study.
+    """
     manifest = Manifest.load(shards)
     total = manifest.count(split)
     quarantine = Quarantine(total, max_bad)
     held_out = HeldOut(np.empty(0, np.float32), np.empty(0, np.float32))
+    records: list[dict[str, Any]] = []
 
-    def images() -> Iterator[Image.Image]:
+    def pixels() -> Iterator[Image.Image]:
         for study in progress.track(read_split(manifest, split, quarantine), f"encode {split}", total):
-            if not study.images:
+            record = study.record
+            number = 0 if images is None else images.get(record["study_id"], -1)
+            if not 0 <= number < len(study.images):
                 continue
-            suffix, data = study.images[0]
+            suffix, data = study.images[number]
             try:
                 image = encoder.preprocess.window(decode_image(data, suffix))
             except DecodeError as error:
                 quarantine.add(study.shard, study.key, "unreadable image", str(error))
                 continue
-            record = study.record
             held_out.study_ids.append(record["study_id"])
             held_out.patient_ids.append(record["patient_id"])
             held_out.labels.append(record.get("labels") or {})
             held_out.texts.append(record.get("text") or "")
             if keep_images:
                 held_out.images.append(data)
+            kept = {name: value for name, value in record.items() if name not in ("text", "sections", "sentences")}
+            records.append(kept | {"image": number})
             yield change(image) if change else image
 
-    held_out.features = encoder.encode_images(images())
-    if not held_out.study_ids:
-        raise UserError(f"evaluate: split {split!r} of {manifest.folder} has no images")
+    held_out.features = encoder.encode_images(pixels())
+    if not records:
+        asked = "has no images" if images is None else "has no images that are asked for"
+        raise UserError(f"evaluate: split {split!r} of {manifest.folder} {asked}")
     if texts:
         held_out.text_features = encoder.encode_texts([text for text in held_out.texts if text])
-    return held_out, quarantine
+    return held_out, quarantine, records
 
 
 def label_truth(labels: list[dict[str, int | None]], name: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medclip_lab.errors import UserError
+
 Floats = NDArray[np.floating[Any]]
 Bools = NDArray[np.bool_]
 BINS = 15
@@ -151,7 +153,13 @@ def mean_of_draws(values: Sequence[Floats] | Floats) -> Floats:
 
 
 def interval(values: Floats, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of bootstrap values; draws without a value (one class) do not count."""
+    """Percentile interval of bootstrap values; draws without a value (one class) do not count.
+
+    Raises:
+        UserError: no draw has a value.
+    """
+    if np.isnan(values).all():
+        raise UserError("evaluate: no bootstrap draw has both classes of a label: take more of them (--draws)")
     tail = (1 - level) / 2 * 100
     low, high = np.nanpercentile(values, [tail, 100 - tail])
     return float(low), float(high)
@@ -212,6 +220,13 @@ def calibration_error(probabilities: Floats, positive: Bools, weights_NR: Floats
     member[index, np.arange(len(index))] = probabilities - positive
     weights = np.ones((len(index), 1)) if weights_NR is None else weights_NR
     return _ratio(np.abs(member @ weights).sum(0), weights.sum(0, dtype=np.float64))
+
+
+def error_if_perfect(probabilities: Floats, draws: int = 50) -> float:
+    """The calibration error that a perfect model would show, by chance: of labels drawn by its probabilities [N]."""
+    rng = np.random.default_rng(0)
+    drawn = (rng.random(len(probabilities)) < probabilities for _ in range(draws))
+    return float(np.mean([calibration_error(probabilities, labels)[0] for labels in drawn]))
 
 
 def reliability(probabilities: Floats, positive: Bools) -> list[dict[str, float]]:

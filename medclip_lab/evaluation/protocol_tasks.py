@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from medclip_lab.data.manifest import Manifest
 from medclip_lab.errors import UserError
-from medclip_lab.evaluation import compare
+from medclip_lab.evaluation import compare, protocol_page
 from medclip_lab.evaluation.gather import Gathered, Labelled, gather, read_records
+from medclip_lab.evaluation.labels_from import LabelsFrom, lines_of_labels
 from medclip_lab.evaluation.metrics import Floats, patient_weights
 from medclip_lab.evaluation.protocol import paired_retrieval
-from medclip_lab.evaluation.protocols import ProtocolConfig, Selection, labels_of, load_protocol, select
+from medclip_lab.evaluation.protocols import ProtocolConfig, Selection, load_protocol, select
 from medclip_lab.evaluation.scored import lines_of_classes, measure_classes
 from medclip_lab.evaluation.table import lines_of
 from medclip_lab.evaluation.zero_shot import Scoring, scores_of, zero_shot
@@ -41,6 +42,8 @@ def run_protocol(
     max_bad: float = 0.01,
     truncate: bool = False,
     keep: Path | None = None,
+    page: Path | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
     """One protocol on the user's shards, as a JSON-like dict that names all it was computed from.
 
@@ -48,6 +51,7 @@ def run_protocol(
         listed: study ids of a list of the user's own.
         truncate: cut prompts that are longer than the context instead of refusing them.
         keep: the file that the result is written to; scores and truth are written beside it, for `compare`.
+        page: an HTML page to write, with the command that it tells.
 
     Raises:
         UserError: no such protocol or label set, or data that cannot fill it.
@@ -57,8 +61,10 @@ def run_protocol(
     chosen = select(protocol, read_records(shards, protocol.split, max_bad), listed)
     texts = protocol.task == "report_retrieval"
     found = gather(encoder, shards, protocol.split, images=chosen.images, texts=texts, max_bad=max_bad)
-    labels = [labels_of(record, protocol.labels_from, labelset.names) for record in found.records]
-    found.held_out = replace(found.held_out, labels=labels)
+    told: dict[str, Any] | None = None
+    if not texts:
+        labels, told = LabelsFrom(protocol.labels_from).label(found.records, labelset.names)
+        found.held_out = replace(found.held_out, labels=labels)
     task: dict[str, Any]
     answers: Answers | None = None
     if protocol.task == "multi_label":
@@ -80,7 +86,7 @@ def run_protocol(
     }
     if keep is not None and answers is not None:
         compare.save_scores(keep, *answers)
-    return {
+    result = {
         "protocol": asdict(protocol),
         "list_hash": chosen.hash,
         "bundle": encoder.fingerprint,
@@ -88,12 +94,18 @@ def run_protocol(
         "labelset_hash": labelset.hash,
         "prompts": {label.name: {"positive": label.positive, "negative": label.negative} for label in labelset.labels},
         **counts,
+        "labels_from": told,
         "left_out": chosen.left_out,
         "unusable": found.unusable,
         "differs_from_the_original": differs,
         "versions": versions(),
         **task,
     }
+    if page is not None:
+        protocol_page.write_page(
+            page, result, answers[0] if answers else None, answers[1] if answers else None, command
+        )
+    return result
 
 
 def _multi_label(
@@ -262,6 +274,8 @@ def summary(result: dict[str, Any]) -> str:
     ]
     for name, told in result["differs_from_the_original"].items():
         lines.append(f"  not the original list: {told['found']} {name}, there {told['expected']}")
+    if result["labels_from"]:
+        lines += lines_of_labels(result["labels_from"])
     if "zero_shot" in result:
         lines += [f"zero-shot AUROC ({result['zero_shot']['rule']}; 95 % interval, bootstrap by patient):"]
         lines += lines_of(result["zero_shot"])

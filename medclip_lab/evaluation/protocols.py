@@ -5,19 +5,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from medclip_lab.config import load_config, shipped
-from medclip_lab.data.findings import ABSENT
-from medclip_lab.data.sources.vindr_cxr import state_of_votes
+from medclip_lab.data.findings import PRESENT
 from medclip_lab.errors import UserError
+from medclip_lab.evaluation.labels_from import LABELS, LabelsFrom, Record
 from medclip_lab.files import digest
 from medclip_lab.inference.labelset import LabelPrompts, LabelSet, load_labelset, means_nothing
 
 Task = Literal["multi_label", "exclusive", "class_retrieval", "report_retrieval"]
-Record = Mapping[str, Any]
-VOTES = "votes"
-"""The field in which a record counts who saw a finding."""
 
 
 @dataclass
@@ -55,9 +52,8 @@ class ProtocolConfig:
     labelset: str = "chexpert14"
     labels: list[str] = field(default_factory=list)
     """Those of the label set that are scored; empty takes all."""
-    labels_from: str = "labels"
-    """The record's field that tells them: names to states, a list of the names that are present, or "votes": names to
-    how many of the "readers" saw it. A list, and votes, deny what they do not name."""
+    labels_from: str = LABELS
+    """The field of the records, or the table, that tells them: see `LabelsFrom`."""
     positive_template: str = ""
     """Makes the prompts of "{}", the name in lower case, in place of those of the label set."""
     negative_template: str = ""
@@ -146,30 +142,6 @@ class Selection:
     """Reasons and how many."""
 
 
-def states_of(record: Record, column: str) -> dict[str, int | None]:
-    """The labels of a record in a field of it, as it spells them; votes become what most of the "readers" say."""
-    value = record.get(column)
-    if column == VOTES and isinstance(value, dict):
-        readers = int(record.get("readers") or 1)
-        return {name: state_of_votes(count, readers) for name, count in value.items()}
-    if isinstance(value, list):
-        return dict.fromkeys((str(name) for name in value), 1)
-    return dict(value) if isinstance(value, dict) else {}
-
-
-def same_name(name: str) -> str:
-    """A label name as it is compared: "Pleural_Thickening" is "pleural thickening"."""
-    return " ".join(name.replace("_", " ").lower().split())
-
-
-def labels_of(record: Record, column: str, names: Sequence[str]) -> dict[str, int | None]:
-    """Label name to state, in the spelling of the label set; a list of what is present, or votes, deny the rest."""
-    stated = {same_name(name): state for name, state in states_of(record, column).items()}
-    value = record.get(column)
-    silent = ABSENT if isinstance(value, list) or (column == VOTES and isinstance(value, dict)) else None
-    return {name: stated.get(same_name(name), silent) for name in names}
-
-
 def select(protocol: ProtocolConfig, records: Sequence[Record], listed: Sequence[str] | None = None) -> Selection:
     """The studies of a split that a protocol takes.
 
@@ -199,9 +171,9 @@ def select(protocol: ProtocolConfig, records: Sequence[Record], listed: Sequence
     classes: dict[str, str] = {}
     queries: dict[str, str] = {}
     if protocol.sampling:
-        classes, queries = _drawn(
-            protocol, protocol.sampling, {study: record for study, (_, record) in candidates.items()}
-        )
+        # A field or table with a value for each image speaks of the one that is taken.
+        taken = {study: {**record, "image": number} for study, (number, record) in candidates.items()}
+        classes, queries = _drawn(protocol, protocol.sampling, taken)
         left_out["not drawn"] = len(candidates) - len(classes) - len(queries)
     kept = {**classes, **queries} if protocol.sampling else candidates
     images = {study: candidates[study][0] for study in kept}
@@ -224,8 +196,10 @@ def _drawn(
     protocol: ProtocolConfig, sampling: Sampling, records: Mapping[str, Record]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Study to class, of the gallery and of the image queries."""
+    told = LabelsFrom(protocol.labels_from)
+    wanted = sampling.labels
     positive = {
-        study: [name for name, state in labels_of(record, protocol.labels_from, sampling.labels).items() if state == 1]
+        study: [name for name, state in told.of(record, wanted).items() if state == PRESENT and name in wanted]
         for study, record in records.items()
     }
     ordered = sorted(positive, key=lambda study: _order(sampling.seed, study))

@@ -5,7 +5,7 @@ stand in it only if asked for; without them it holds counts and figures, and no 
 """
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from markupsafe import Markup
 
 from medclip_lab.evaluation import charts
 from medclip_lab.evaluation.curves import confusion_of_one, precision_recall_points, roc_points
-from medclip_lab.evaluation.gather import pictures
+from medclip_lab.evaluation.gather import Labelled, pictures
+from medclip_lab.evaluation.metrics import Floats
 from medclip_lab.evaluation.page import NARROW, WIDE, Chart, resource, script_hash, templates
 from medclip_lab.evaluation.suite import Evaluated
 from medclip_lab.files import atomic_file
@@ -65,31 +66,42 @@ def render(
         images: by study id, of the cases that are shown.
     """
     results, data = evaluated.results, evaluated.data
+    shot = results["zero_shot"]
+    found = confusion_of_one(evaluated.scores, data.positive, data.used)
+    return fill(
+        command,
+        title=f"Zero-shot evaluation, split {results['split']}",
+        lede=f"{results['studies']:,} studies of {results['patients']:,} patients, "
+        f"{_findings(shot['macro']['labels'])} of label set {shot['labelset']}.",
+        results=results,
+        findings=findings(shot),
+        curves=curves(data, evaluated.scores),
+        reliability=reliability(shot),
+        groups=_groups(results.get("subgroups")),
+        classes=shot.get("exclusive"),
+        confusion=confusion(data.names, found["counts"]),
+        cases=_shown(evaluated, images or {}),
+        corruptions=_corruptions(results.get("corruptions")),
+        prompts=[(label.name, label.positive, label.negative) for label in encoder.labelset(labelset).labels],
+        hashes=_hashes(encoder, results),
+    )
+
+
+def fill(command: str, **parts: Any) -> str:
+    """The template with these parts; one that is not given is left out."""
     script = resource("page.js")
-    prompts = encoder.labelset(labelset)
+    optional = ("asked", "findings", "curves", "reliability", "groups", "classes", "confusion", "cases", "corruptions")
     page = (
         templates()
         .get_template("report.html.j2")
         .render(
-            title=f"Zero-shot evaluation, split {results['split']}",
-            results=results,
             command=command,
             version=__version__,
             created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
             style=Markup(resource("page.css") + resource("report.css")),  # noqa: S704 - the package's own files
             script=Markup(script),  # noqa: S704 - the package's own file
             script_hash=script_hash(script),
-            findings=_findings(results["zero_shot"]),
-            curves=_curves(evaluated),
-            reliability=_reliability(results["zero_shot"]),
-            groups=_groups(results.get("subgroups")),
-            confusion=_confusion(evaluated),
-            cases=_shown(evaluated, images or {}),
-            corruptions=_corruptions(results.get("corruptions")),
-            probes=results.get("probes"),
-            prompts=[(label.name, label.positive, label.negative) for label in prompts.labels],
-            hashes=_hashes(encoder, results),
-            labels=data.names,
+            **(dict.fromkeys(optional) | parts),
         )
     )
     return charts.printable(page)
@@ -118,10 +130,14 @@ def _rows(entries: list[dict[str, Any]], name: str) -> list[charts.DotRow]:
     return rows
 
 
-def _findings(shot: Mapping[str, Any]) -> Chart:
+def _findings(number: int) -> str:
+    return f"{number} finding{'' if number == 1 else 's'}"
+
+
+def findings(shot: Mapping[str, Any]) -> Chart:
     macro = shot["macro"]
-    mean = {**macro, "name": f"Mean of {macro['labels']} findings", "strong": True}
-    rows = _rows([mean, *shot["labels"]], "name")
+    mean = {**macro, "name": f"Mean of {_findings(macro['labels'])}", "strong": True}
+    rows = _rows([*([mean] if len(shot["labels"]) > 1 else []), *shot["labels"]], "name")
     return _both(
         lambda width: charts.interval_plot(
             rows, controls={}, reference=0.5, width=width, description="AUROC of each finding with its interval"
@@ -129,17 +145,17 @@ def _findings(shot: Mapping[str, Any]) -> Chart:
     )
 
 
-def _curves(evaluated: Evaluated) -> list[dict[str, Any]]:
+def curves(data: Labelled, scores: Floats) -> list[dict[str, Any]]:
     """ROC and precision-recall of every label that has both classes."""
-    data, drawn = evaluated.data, []
+    drawn = []
     for column, name in enumerate(data.names):
         if data.lacks(column):
             continue
         used = data.used[:, column]
-        scores, positive = evaluated.scores[used, column], data.positive[used, column]
+        of_label, positive = scores[used, column], data.positive[used, column]
         share = float(positive.mean())
-        roc = charts.Line(name=name, points=roc_points(scores, positive), css="c1")
-        recall = charts.Line(name=name, points=precision_recall_points(scores, positive), css="c3")
+        roc = charts.Line(name=name, points=roc_points(of_label, positive), css="c1")
+        recall = charts.Line(name=name, points=precision_recall_points(of_label, positive), css="c3")
         drawn.append(
             {
                 "name": name,
@@ -164,7 +180,7 @@ def _curves(evaluated: Evaluated) -> list[dict[str, Any]]:
     return drawn
 
 
-def _reliability(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+def reliability(table: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Of the labels that are calibrated: scores alone are no probabilities."""
     drawn = []
     for row in table["labels"]:
@@ -183,7 +199,8 @@ def _reliability(table: Mapping[str, Any]) -> list[dict[str, Any]]:
             reference=CHANCE,
             dots=True,
         )
-        drawn.append({"name": name, "error": error, "bins": bins, "chart": chart})
+        perfect = row["metrics"]["ece"].get("if_perfect")
+        drawn.append({"name": name, "error": error, "if_perfect": perfect, "bins": bins, "chart": chart})
     return drawn
 
 
@@ -200,22 +217,19 @@ def _groups(tables: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     return drawn
 
 
-def _confusion(evaluated: Evaluated) -> dict[str, Any] | None:
+def confusion(names: Sequence[str], table: list[list[int]]) -> dict[str, Any] | None:
     """Only of labels that someone has alone; shades are shares of a row."""
-    data = evaluated.data
-    table = confusion_of_one(evaluated.scores, data.positive, data.used)
-    counts = np.array(table["counts"])
-    kept = [column for column in range(len(data.names)) if counts[column].sum() or counts[:, column].sum()]
+    counts = np.array(table)
+    kept = [column for column in range(len(names)) if counts[column].sum() or counts[:, column].sum()]
     if len(kept) < 2:
         return None
     totals = counts.sum(1, keepdims=True)
     shares = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
-    names = [data.names[column] for column in kept]
     rows = [
-        {"name": data.names[row], "cells": [(int(counts[row, c]), float(shares[row, c]), row == c) for c in kept]}
+        {"name": names[row], "cells": [(int(counts[row, c]), float(shares[row, c]), row == c) for c in kept]}
         for row in kept
     ]
-    return {"names": names, "rows": rows, "studies": table["studies"]}
+    return {"names": [names[column] for column in kept], "rows": rows, "studies": int(counts.sum())}
 
 
 def cases(evaluated: Evaluated) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medclip_lab.errors import UserError
-from medclip_lab.evaluation.bootstrap import compare, sample
+from medclip_lab.evaluation.bootstrap import auroc_interval, compare, freedom, mean_freedom, rarer, sample
 from medclip_lab.evaluation.metrics import (
     Bools,
     Classes,
@@ -17,6 +17,7 @@ from medclip_lab.evaluation.metrics import (
     Ranked,
     brier,
     calibration_error,
+    error_if_perfect,
     interval,
     mean_of_draws,
     reliability,
@@ -60,20 +61,27 @@ class Measured:
     rows: list[dict[str, Any]]
     draws: dict[str, dict[str, Floats]] = field(default_factory=dict)
     """Label -> metric -> [R]."""
+    rare: dict[str, NDArray[np.intp]] = field(default_factory=dict)
+    """Label -> numbers of the patients of its rarer class."""
 
 
-def measure(labels: Sequence[Scored], weights: Floats) -> Measured:
+def measure(labels: Sequence[Scored], weights: Floats, patients: Sequence[str]) -> Measured:
     """Every metric of every label.
 
     Args:
         weights: [R, N] of `patient_weights`.
+        patients: [N], those whose weights they are.
     """
     measured = Measured([])
+    numbers = np.unique(np.asarray(patients), return_inverse=True)[1]
     for label in labels:
         row, draws = _label(label, weights)
         measured.rows.append(row)
         if draws:
             measured.draws[label.name] = draws
+            rare = measured.rare[label.name] = rarer(numbers[label.used], label.positive[label.used])
+            row["low"], row["high"] = auroc_interval(row["auroc"], draws["auroc"], freedom(rare))
+            row["metrics"]["auroc"] |= {"low": row["low"], "high": row["high"]}
     return measured
 
 
@@ -103,10 +111,11 @@ def _label(label: Scored, weights: Floats) -> tuple[dict[str, Any], dict[str, Fl
     draws = sample(metrics, weights, used)
     row["metrics"] = {name: _told(float(value[0]), draws[name]) for name, value in point.items()}
     row["metrics"] |= {name: {"value": None, "reason": label.reason} for name in DECIDING if name not in point}
-    row |= {"auroc": float(point["auroc"][0]), **{end: row["metrics"]["auroc"][end] for end in ("low", "high")}}
+    row["auroc"] = float(point["auroc"][0])
     if probabilities is not None:
         row["threshold"] = label.threshold
         row["reliability"] = reliability(probabilities, positive)
+        row["metrics"]["ece"]["if_perfect"] = error_if_perfect(probabilities)
     return row, draws
 
 
@@ -132,9 +141,13 @@ def mean_over(measured: Measured, names: Sequence[str], metric: str) -> tuple[di
     rows = [row for row in measured.rows if row["name"] in names and row["metrics"][metric]["value"] is not None]
     if not rows:
         return {"value": None, "reason": "no label has it", "labels": 0}, None
-    draws = mean_of_draws([measured.draws[row["name"]][metric] for row in rows])
-    low, high = interval(draws)
+    drawn = [measured.draws[row["name"]][metric] for row in rows]
+    draws = mean_of_draws(drawn)
     value = float(np.mean([row["metrics"][metric]["value"] for row in rows]))
+    if metric == "auroc":
+        low, high = auroc_interval(value, draws, mean_freedom(drawn, [measured.rare[row["name"]] for row in rows]))
+    else:
+        low, high = interval(draws)
     return {"value": value, "low": low, "high": high, "labels": len(rows)}, draws
 
 

@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medclip_lab.errors import UserError
+from medclip_lab.evaluation.bootstrap import auroc_interval, mean_freedom, rarer
 from medclip_lab.evaluation.gather import Labelled
-from medclip_lab.evaluation.metrics import Floats, auroc, interval, patient_weights, weighted_auroc
+from medclip_lab.evaluation.metrics import Floats, auroc, interval, mean_of_draws, patient_weights, weighted_auroc
 
 AGE_BANDS = (18, 40, 60, 80)
 """Ages at which a band begins; below the first is a band of its own."""
@@ -108,9 +109,10 @@ def _table(
             "labels": labels,
         }
         if name in able and common:
-            sampled[name] = _draws(data, scores, member, common, weights)
-            low, high = interval(sampled[name])
-            group |= {"auroc": float(np.mean([labels[column]["auroc"] for column in common])), "low": low, "high": high}
+            value = float(np.mean([labels[column]["auroc"] for column in common]))
+            sampled[name], degrees = _draws(data, scores, member, common, weights)
+            low, high = auroc_interval(value, sampled[name], degrees)
+            group |= {"auroc": value, "low": low, "high": high}
         else:
             group["reason"] = _why(reasons[name])
         rows.append(group)
@@ -153,13 +155,18 @@ def _reason(data: Labelled, member: NDArray[np.bool_], column: int, min_cases: i
     return ""
 
 
-def _draws(data: Labelled, scores: Floats, member: NDArray[np.bool_], common: list[int], weights: Floats) -> Floats:
-    """[draws] mean AUROC over the common labels."""
-    drawn = []
+def _draws(
+    data: Labelled, scores: Floats, member: NDArray[np.bool_], common: list[int], weights: Floats
+) -> tuple[Floats, float]:
+    """[draws] mean AUROC over the common labels, and the degrees of freedom of its error."""
+    numbers = np.unique(np.asarray(data.patients), return_inverse=True)[1]
+    drawn, rare = [], []
     for column in common:
         used = member & data.used[:, column]
-        drawn.append(weighted_auroc(scores[used, column], data.positive[used, column], weights[:, used]))
-    return np.asarray(np.nanmean(drawn, axis=0))
+        positive = data.positive[used, column]
+        drawn.append(weighted_auroc(scores[used, column], positive, weights[:, used]))
+        rare.append(rarer(numbers[used], positive))
+    return mean_of_draws(drawn), mean_freedom(drawn, rare)
 
 
 def _gap(rows: list[dict[str, Any]], sampled: dict[str, Floats]) -> dict[str, Any]:

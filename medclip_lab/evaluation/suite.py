@@ -1,7 +1,7 @@
 """One evaluation with all that is asked for beside AUROC and retrieval, from features that are made once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from medclip_lab.evaluation.corruptions import KINDS, SEVERITIES, corruption, ro
 from medclip_lab.evaluation.gather import Gathered, Labelled, gather
 from medclip_lab.evaluation.held_out import ImageChange, encode_split, shuffle_labels
 from medclip_lab.evaluation.knn import knn
+from medclip_lab.evaluation.labels_from import LABELS, LabelsFrom, lines_of_labels
 from medclip_lab.evaluation.leaks import leaks
 from medclip_lab.evaluation.metrics import Floats, auroc
 from medclip_lab.evaluation.probe import k_shot, linear_probe
@@ -87,6 +88,7 @@ def run(
     change: ImageChange | None = None,
     control: bool = False,
     max_bad: float = 0.01,
+    labels_from: str = LABELS,
 ) -> Evaluated:
     """Zero-shot AUROC, retrieval and effective rank of a split, and the extras.
 
@@ -94,19 +96,25 @@ def run(
         collapse: see `paired_retrieval`.
         change: a control that changes the images.
         control: shuffle the labels between studies.
+        labels_from: see `LabelsFrom`.
 
     Raises:
         UserError: a split, column or file that an extra needs is not there.
     """
+    truth = LabelsFrom(labels_from)
     if unknown := set(extras.probes) - set(PROBES):
         raise UserError(f"probe: {min(unknown)!r} is none of {', '.join(PROBES)}")
     found = gather(encoder, shards, split, change=change, max_bad=max_bad)
+    names = encoder.labelset(labelset).names
+    labels, told = truth.label(found.records, names)
+    found.held_out = replace(found.held_out, labels=labels)
     if control:
         found.held_out = shuffle_labels(found.held_out, seed)
 
     def embedded(other: Encoder) -> Embedded:
         held_out = encode_split(other, shards, split, change, max_bad, texts=False)[0]
-        return other, shuffle_labels(held_out, seed) if control else held_out
+        assert held_out.study_ids == found.held_out.study_ids, "all models read the same shards"
+        return other, replace(held_out, labels=found.held_out.labels)
 
     ensemble = [embedded(other) for other in models.ensemble]
     results = report(
@@ -123,7 +131,7 @@ def run(
         compare=None if models.compare is None else embedded(models.compare),
         collapse=collapse,
     )
-    results |= {"unusable": found.unusable, "shuffled_labels": control, "versions": versions()}
+    results |= {"unusable": found.unusable, "shuffled_labels": control, "versions": versions(), "labels_from": told}
     classifier, scores = scores_of([(encoder, found.held_out), *ensemble], labelset, models.scoring, models.average)
     data = Labelled.of(found.held_out, classifier.names)
     scores = scores.astype(np.float64)
@@ -132,7 +140,7 @@ def run(
     if extras.subgroups:
         results["subgroups"] = subgroups(data, scores, found.records, extras.subgroups, draws=draws, seed=seed)
     if extras.probes:
-        results["probes"] = probes(encoder, shards, split, data, extras.probes, draws, seed, max_bad)
+        results["probes"] = probes(encoder, shards, split, data, extras.probes, draws, seed, max_bad, truth)
     if extras.corruptions:
         features = found.held_out.features
         results["corruptions"] = corrupted(
@@ -164,6 +172,7 @@ def probes(
     draws: int,
     seed: int,
     max_bad: float,
+    truth: LabelsFrom,
 ) -> dict[str, Any]:
     """The probes named in `wanted`, learned on split train and chosen on val."""
     parts = {}
@@ -171,7 +180,8 @@ def probes(
         if part in split.split("+"):
             raise UserError(f"probe: split {split!r} is what probes are fitted on: evaluate another one")
         there = gather(encoder, shards, part, texts=False, max_bad=max_bad)
-        parts[part] = Labelled.of(there.held_out, test.names)
+        labels = truth.label(there.records, test.names)[0]
+        parts[part] = Labelled.of(replace(there.held_out, labels=labels), test.names)
     train, val = parts["train"], parts["val"]
     results: dict[str, Any] = {}
     if "linear" in wanted:
@@ -226,7 +236,7 @@ def summary(results: dict[str, Any]) -> list[str]:
     """The extras as lines for people; the zero-shot table has its own."""
     rank = results["effective_rank"]
     told = [f"{name} {rank[name]:.1f}" for name in ("image", "text") if rank[name] is not None]
-    lines = [f"effective rank of {rank['of']}: {', '.join(told)}"]
+    lines = [*lines_of_labels(results["labels_from"]), f"effective rank of {rank['of']}: {', '.join(told)}"]
     for column, table in results.get("subgroups", {}).get("columns", {}).items():
         lines.append(f"by {column}:")
         for row in table["groups"]:

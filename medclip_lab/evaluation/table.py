@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from medclip_lab.evaluation.bootstrap import auroc_interval, freedom, mean_freedom, rarer
 from medclip_lab.evaluation.gather import Labelled
-from medclip_lab.evaluation.metrics import Floats, auroc, interval, mean_of_draws, patient_weights, weighted_auroc
+from medclip_lab.evaluation.metrics import Floats, auroc, mean_of_draws, patient_weights, weighted_auroc
 
 
 def auroc_table(
@@ -19,7 +21,8 @@ def auroc_table(
         reasons: columns without scores, and why. A label without both classes gets its reason here.
     """
     weights = patient_weights(data.patients, draws, seed)
-    labels, sampled = [], []
+    numbers = np.unique(np.asarray(data.patients), return_inverse=True)[1]
+    labels, sampled, rare = [], [], []
     for column, name in enumerate(data.names):
         used = data.used[:, column]
         positive = data.positive[used, column]
@@ -31,18 +34,20 @@ def auroc_table(
         else:
             row["auroc"] = auroc(scores[used, column], positive)
             sampled.append(weighted_auroc(scores[used, column], positive, weights[:, used]))
-            row["low"], row["high"] = interval(sampled[-1])
+            rare.append(rarer(numbers[used], positive))
+            row["low"], row["high"] = auroc_interval(row["auroc"], sampled[-1], freedom(rare[-1]))
         labels.append(row)
     bootstrap = {"draws": draws, "by": "patient", "seed": seed}
-    return {"labels": labels, "macro": _macro(labels, sampled), "bootstrap": bootstrap}
+    return {"labels": labels, "macro": _macro(labels, sampled, rare), "bootstrap": bootstrap}
 
 
-def _macro(labels: list[dict[str, Any]], sampled: list[Floats]) -> dict[str, Any]:
+def _macro(labels: list[dict[str, Any]], sampled: list[Floats], rare: list[NDArray[np.intp]]) -> dict[str, Any]:
     measured = [row["auroc"] for row in labels if row["auroc"] is not None]
     if not measured:
         return {"auroc": None, "low": None, "high": None, "labels": 0, "reason": "no label can be scored"}
-    low, high = interval(mean_of_draws(sampled))
-    return {"auroc": float(np.mean(measured)), "low": low, "high": high, "labels": len(measured)}
+    mean = float(np.mean(measured))
+    low, high = auroc_interval(mean, mean_of_draws(sampled), mean_freedom(sampled, rare))
+    return {"auroc": mean, "low": low, "high": high, "labels": len(measured)}
 
 
 def lines_of(table: Mapping[str, Any]) -> list[str]:

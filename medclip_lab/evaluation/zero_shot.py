@@ -73,8 +73,9 @@ def zero_shot(
         raise UserError(f"evaluate: at least one bootstrap draw is needed, got {draws}")
     prompts = labelset if isinstance(labelset, LabelSet) else encoder.labelset(labelset)
     classifier, scores = scores_of([(encoder, held_out), *ensemble], labelset, scoring, average)
+    joint = joint_features([held_out, *(split for _, split in ensemble)])
     weights = patient_weights(held_out.patient_ids, draws, seed)
-    measured = measure(_scored(classifier, scores, held_out), weights)
+    measured = measure(_scored(classifier, scores, held_out), weights, held_out.patient_ids)
     if all(row["auroc"] is None for row in measured.rows):
         names = ", ".join(classifier.names[:5])
         raise UserError(
@@ -85,7 +86,7 @@ def zero_shot(
         "labelset_hash": classifier.labelset_hash,
         "score": classifier.score_type,
         "rule": classifier.rule,
-        "calibration": _calibration(classifier, held_out),
+        "calibration": _calibration(classifier, joint, held_out),
         "policy": "uncertain left out, not mentioned counts as absent; first image of each study",
         "no_finding": _no_finding(prompts),
         "macro": _macro(measured, classifier.names),
@@ -98,11 +99,11 @@ def zero_shot(
     if compare is not None:
         other = scoring.classifier(compare[0], labelset)
         assert compare[1].study_ids == held_out.study_ids, "both models read the same shards"
-        beside = measure(_scored(other, other.scores(compare[1].features), compare[1]), weights)
+        beside = measure(_scored(other, other.scores(compare[1].features), compare[1]), weights, held_out.patient_ids)
         result["comparison"] = {
             "with": compare[0].fingerprint,
             "rule": other.rule,
-            "calibration": _calibration(other, compare[1]),
+            "calibration": _calibration(other, compare[1].features, compare[1]),
             **compare_models(measured, beside, classifier.names),
         }
     return result
@@ -112,11 +113,28 @@ def scores_of(
     models: Sequence[Embedded], labelset: str | Path | LabelSet, scoring: Scoring, average: Average = "scores"
 ) -> tuple[ZeroShotClassifier | ClassifierEnsemble, Floats]:
     """The classifier of a model, or of several averaged, and its scores [N, K] of their split."""
-    members = [scoring.classifier(model, labelset) for model, _ in models]
-    if len(members) == 1:
-        return members[0], members[0].scores(models[0][1].features)
-    together = ClassifierEnsemble(members, average)
-    return together, together.scores([split.features for _, split in models])
+    classifier = classifier_of([model for model, _ in models], labelset, scoring, average)
+    return classifier, scores_by(classifier, [split for _, split in models])
+
+
+def classifier_of(
+    models: Sequence[Encoder], labelset: str | Path | LabelSet, scoring: Scoring, average: Average = "scores"
+) -> ZeroShotClassifier | ClassifierEnsemble:
+    """The classifier of a model, or of several averaged."""
+    members = [scoring.classifier(model, labelset) for model in models]
+    return members[0] if len(members) == 1 else ClassifierEnsemble(members, average, scoring.calibrated)
+
+
+def scores_by(classifier: ZeroShotClassifier | ClassifierEnsemble, splits: Sequence[HeldOut]) -> Floats:
+    """[N, K] scores of a split as each model of the classifier embeds it."""
+    if isinstance(classifier, ClassifierEnsemble):
+        return classifier.scores([split.features for split in splits])
+    return classifier.scores(splits[0].features)
+
+
+def joint_features(splits: Sequence[HeldOut]) -> NDArray[np.float32]:
+    """[N, sum of D]: features of one split by several models, side by side."""
+    return np.concatenate([split.features for split in splits], axis=1)
 
 
 def _scored(classifier: ZeroShotClassifier | ClassifierEnsemble, scores: Floats, held_out: HeldOut) -> list[Scored]:
@@ -137,7 +155,9 @@ def _scored(classifier: ZeroShotClassifier | ClassifierEnsemble, scores: Floats,
     return labels
 
 
-def _calibration(classifier: ZeroShotClassifier | ClassifierEnsemble, held_out: HeldOut) -> dict[str, Any] | None:
+def _calibration(
+    classifier: ZeroShotClassifier | ClassifierEnsemble, features: NDArray[np.float32], held_out: HeldOut
+) -> dict[str, Any] | None:
     """What the probabilities rest on, after a look whether they were fitted on these very patients."""
     calibration = classifier.calibration
     if calibration is None:
@@ -151,7 +171,7 @@ def _calibration(classifier: ZeroShotClassifier | ClassifierEnsemble, held_out: 
         )
     facts = calibration.facts
     told = {name: facts[name] for name in ("method", "threshold_rule", "split", "shards", "images")}
-    flags = calibration.distances(held_out.features) > facts["out_of_domain"]["threshold"]
+    flags = calibration.distances(features) > facts["out_of_domain"]["threshold"]
     domain = {"flagged": float(flags.mean()), "aimed_at": facts["out_of_domain"]["aimed_at"]}
     return {"hash": calibration.hash, **told, "shared_patients": 0, "out_of_domain": domain}
 

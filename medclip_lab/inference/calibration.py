@@ -1,10 +1,8 @@
 """What makes a score a probability and a decision: fitted on validation patients, kept in the bundle, applied here."""
 
 import hashlib
-import os
 import secrets
-import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from medclip_lab.errors import UserError
-from medclip_lab.files import atomic_file, atomic_folder, digest, read_json, sha256, write_json
-from medclip_lab.inference.bundle import MANIFEST
+from medclip_lab.files import atomic_file, digest, read_json, sha256, write_json
+from medclip_lab.inference.bundle import CALIBRATION, MANIFEST, changed
 
 FORMAT = "medclip-lab-calibration/1"
-JSON, TENSORS = "calibration.json", "calibration.safetensors"
+JSON, TENSORS = CALIBRATION, "calibration.safetensors"
 Method = Literal["platt", "isotonic", "temperature"]
 Floats = NDArray[np.floating[Any]]
 LEAST, MOST = 1e-300, 1 - 2.0**-53
@@ -74,7 +72,7 @@ def operating(probabilities: Floats, threshold: float) -> Floats:
 
 
 class Calibration:
-    """One label set's calibration of one bundle, as `medclip-lab calibrate` writes it.
+    """One label set's calibration of one bundle, or of several that answer together, as `calibrate` writes it.
 
     Args:
         facts: what `calibration.json` holds for it.
@@ -141,14 +139,14 @@ class Calibration:
         return sum(patient_hash(patient, salt) in known for patient in set(patients))
 
     def save(self, bundle: Path) -> None:
-        """Add to a bundle, in place of an earlier one for the same label set; the bundle changes whole or not."""
-        name = self.facts["labelset"]
+        """Add to a bundle, in place of an earlier one for the same label set and members; it changes whole or not."""
+        # Files of a first version tell no members: they are those of one bundle.
+        name = _place(self.facts["labelset"], self.facts.get("members", ()))
         sets, tensors = _read(bundle) if (bundle / JSON).exists() else ({}, {})
         sets[name] = self.facts
         tensors |= {f"{name}.{part}": value for part, value in self._domain.items()}
         manifest = read_json(bundle / MANIFEST, "bundle")
-        with atomic_folder(bundle) as folder:
-            shutil.copytree(bundle, folder, copy_function=_link, dirs_exist_ok=True)
+        with changed(bundle) as folder:
             write_json(folder / JSON, {"format": FORMAT, "labelsets": sets})
             with atomic_file(folder / TENSORS) as temporary:
                 save_file(tensors, temporary)
@@ -156,8 +154,11 @@ class Calibration:
             write_json(folder / MANIFEST, manifest)
 
     @classmethod
-    def load(cls, bundle: Path, labelset: str) -> Self | None:
+    def load(cls, bundle: Path, labelset: str, members: Sequence[str] = ()) -> Self | None:
         """A bundle's calibration for a label set; None if it has none.
+
+        Args:
+            members: fingerprints of all models of an ensemble, the bundle's first; empty for the bundle alone.
 
         Raises:
             UserError: the files are damaged, or were made for another model.
@@ -165,13 +166,19 @@ class Calibration:
         if not (bundle / JSON).exists():
             return None
         sets, tensors = _read(bundle)
-        if labelset not in sets:
+        name = _place(labelset, members)
+        if name not in sets:
             return None
-        if sets[labelset]["bundle"] != read_json(bundle / MANIFEST, "bundle")["fingerprint"]:
+        if sets[name]["bundle"] != read_json(bundle / MANIFEST, "bundle")["fingerprint"]:
             raise UserError(
                 f"calibration: {bundle / JSON} was made for another model: call `medclip-lab calibrate` again"
             )
-        return cls(sets[labelset], {part: tensors[f"{labelset}.{part}"] for part in ("mean", "whitening")})
+        return cls(sets[name], {part: tensors[f"{name}.{part}"] for part in ("mean", "whitening")})
+
+
+def _place(labelset: str, members: Sequence[str]) -> str:
+    """Under which name a bundle keeps a calibration: that of an ensemble is lost with any change of any member."""
+    return labelset if len(members) < 2 else f"{labelset} of {len(members)} models {digest(list(members))[:32]}"
 
 
 def _read(bundle: Path) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]:
@@ -184,14 +191,6 @@ def _read(bundle: Path) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]
         raise UserError(
             f"calibration: cannot read {bundle / TENSORS}: {type(error).__name__}: calibrate again"
         ) from None
-
-
-def _link(source: str, target: str) -> None:
-    """Weights are large: the new folder shares them with the old one where the disk can."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def mahalanobis(features: Floats, mean: Floats, whitening: Floats) -> Floats:

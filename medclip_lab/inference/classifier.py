@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
 
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
 
     from medclip_lab.inference.calibration import Calibration
     from medclip_lab.inference.encoder import Encoder
+    from medclip_lab.inference.ensemble import ClassifierEnsemble
 
 ScoreType = Literal["mean_embedding", "mean_similarity", "max_similarity", "pair_softmax", "sigmoid"]
 PROBABILITY_LIKE = ("pair_softmax", "sigmoid")
 """Rules whose scores lie in (0, 1); those of the others are cosines."""
+LINEAR = ("mean_embedding", "mean_similarity", "pair_softmax")
+"""Rules that need one product with the features for each label."""
 BLOCK = 2**22
 """Similarities of images and prompts that are held at once."""
 
@@ -221,14 +225,12 @@ class ZeroShotClassifier:
         return table
 
     def _column(self, features: NDArray[np.float64], column: int) -> NDArray[np.float64]:
+        if self.score_type in LINEAR:
+            similarity = features @ self._directions[column]
+            if self.score_type == "pair_softmax":
+                return _sigmoid(_rounded(similarity / self._temperature))
+            return _rounded(similarity)
         positive = self.positive[column].astype(np.float64)
-        if self.score_type == "mean_embedding":
-            return _rounded(features @ _mean(positive))
-        if self.score_type == "mean_similarity":
-            return _rounded(features @ positive.mean(0))
-        if self.score_type == "pair_softmax":
-            apart = _mean(positive) - _mean(self.negative[column].astype(np.float64))
-            return _sigmoid(_rounded(features @ apart / self._temperature))
         scores = np.empty(len(features))
         step = max(BLOCK // len(positive), 1)
         for start in range(0, len(features), step):
@@ -240,21 +242,23 @@ class ZeroShotClassifier:
                 scores[start : start + step] = _sigmoid(self.logit_scale * similarity + self.logit_bias).mean(1)
         return _rounded(scores)
 
+    @cached_property
+    def _directions(self) -> list[NDArray[np.float64]]:
+        """For each label what a linear rule multiplies features with, [D]; nothing for one that is `none_of` others."""
+        found = []
+        for name, positive, negative in zip(self.names, self.positive, self.negative, strict=True):
+            if name in self.none_of:
+                found.append(np.empty(0))
+            elif self.score_type == "mean_similarity":
+                found.append(positive.astype(np.float64).mean(0))
+            else:
+                against = _mean(negative.astype(np.float64)) if self.score_type == "pair_softmax" else 0.0
+                found.append(_mean(positive.astype(np.float64)) - against)
+        return found
+
     def answers(self, image_features: Floats) -> list[dict[str, Any]]:
         """What `classify` gives, for features [N, D] alone."""
-        scores = self.scores(image_features)
-        calibration = self.calibration
-        strange = None if calibration is None else calibration.out_of_domain(image_features)
-        rows: list[dict[str, Any]] = []
-        for number, row in enumerate(scores):
-            labels = {}
-            for name, score in zip(self.names, row, strict=True):
-                said = {"score": float(score), "score_type": self.score_type, "probability": None, "decision": None}
-                labels[name] = said | ({} if calibration is None else calibration.answer(name, float(score)))
-            rows.append(
-                {"labels": labels, "rule": self.rule, "out_of_domain": None if strange is None else strange[number]}
-            )
-        return rows
+        return answers_of(self, self.scores(image_features), image_features)
 
     def classify(self, images: Iterable["str | Path | Image.Image"]) -> list[dict[str, Any]]:
         """For each image {"labels", "rule", "out_of_domain"}.
@@ -277,6 +281,11 @@ class ZeroShotClassifier:
         if self._encoder is None:
             raise ValueError("this classifier was built without an encoder: call answers() or scores() with features")
         return self._encoder.encode_images(images)
+
+    @property
+    def encoder(self) -> "Encoder | None":
+        """What reads its images; None if it was made of features alone."""
+        return self._encoder
 
     def save(self, path: Path) -> None:
         """Write as safetensors; names, rule and hash stand in its header."""
@@ -324,6 +333,24 @@ class ZeroShotClassifier:
             )
         except Exception as error:  # safetensors raises its own kinds for every way a file can be broken
             raise UserError(f"classifier: cannot read {path}: {type(error).__name__}") from None
+
+
+def answers_of(
+    classifier: "ZeroShotClassifier | ClassifierEnsemble", scores: NDArray[np.float64], features: Floats
+) -> list[dict[str, Any]]:
+    """What `classify` gives, from scores [N, K] and the features [N, D] that tell whether an image is out of domain."""
+    calibration = classifier.calibration
+    strange = None if calibration is None else calibration.out_of_domain(features)
+    rows: list[dict[str, Any]] = []
+    for number, row in enumerate(scores):
+        labels = {}
+        for name, score in zip(classifier.names, row, strict=True):
+            said = {"score": float(score), "score_type": classifier.score_type, "probability": None, "decision": None}
+            labels[name] = said | ({} if calibration is None else calibration.answer(name, float(score)))
+        rows.append(
+            {"labels": labels, "rule": classifier.rule, "out_of_domain": None if strange is None else strange[number]}
+        )
+    return rows
 
 
 def _mean(prompts: NDArray[np.float64]) -> NDArray[np.float64]:

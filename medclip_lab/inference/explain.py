@@ -6,7 +6,8 @@ were the whole image, and its cosine to the text is the map (the dense reading o
 
 - "gradcam": relu of the sum over channels of A weighted by the mean gradient of its channel (Selvaraju et al., 2017);
 - "hirescam": the same with the gradient at each place in place of its mean (Draelos & Carin, 2020), which is right at
-  any stage and not only before an average pooling.
+  any stage and not only before an average pooling. So the maps of all stages can be laid over each other, each with 1
+  as its highest: the coarse ones know what it is and the fine ones where (as LayerCAM does: Jiang et al., TIP 2021).
 
 A map says what moved the score, not what is ill.
 """
@@ -31,7 +32,7 @@ from medclip_lab.inference.encoder import Encoder
 
 Method = Literal["auto", "patches", "gradcam", "hirescam"]
 MIN_CELLS = 6
-"""Cells along a side that a map has at least, where its stage is not named: fewer point nowhere."""
+"""Cells along a side that a map of "gradcam" has at least, where its stage is not named: fewer point nowhere."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Explanation:
     """A map over what the tower saw."""
 
     relevance: NDArray[np.float32]
-    """[h, w], in the tower's own coarse cells; gradient maps are not negative, patch maps are cosines."""
+    """[h, w], in the cells of the tower or its finest stage; gradient maps are not negative, patch maps are cosines."""
     similarity: float
     """Of the whole image to the text, less that to the texts against it."""
     method: str
@@ -69,8 +70,8 @@ def explain(
     Args:
         against: texts whose similarity is taken away, such as "No pleural effusion.": what both share then cancels.
         method: "auto" takes "patches" for a tower of patches and "hirescam" for a convolutional one.
-        stage: of a convolutional tower, counted as timm does; the last, -1, is the coarsest. None takes the last one
-            whose map has at least six cells a side.
+        stage: of a convolutional tower, counted as timm does; the last, -1, is the coarsest. None takes all of them for
+            "hirescam", and for "gradcam" the last one whose map has at least six cells a side.
 
     Raises:
         UserError: a tower that the method cannot read, a stage that does not exist, an image that cannot be read.
@@ -178,16 +179,30 @@ def _gradients(
             maps = [output for output in kept if output.ndim == 4]
             if not maps:
                 raise UserError("explain: this stage has no map of places: take another --stage")
-            activation = next((m for m in reversed(maps) if sorted(m.shape[1:])[1] >= MIN_CELLS), maps[0])
-            (gradient,) = torch.autograd.grad(similarity, activation)
+            if pooled:
+                maps = [next((m for m in reversed(maps) if sorted(m.shape[1:])[1] >= MIN_CELLS), maps[0])]
+            gradients = torch.autograd.grad(similarity, maps)
     finally:
         for handle in handles:
             handle.remove()
+    found = [_weighted(*pair, pooled) for pair in zip(maps, gradients, strict=True)]
+    relevance = found[0] if len(found) == 1 else _overlaid(found)
+    return relevance.detach().float().cpu().numpy(), float(similarity.detach())
+
+
+def _weighted(activation: Tensor, gradient: Tensor, pooled: bool) -> Tensor:
+    """[h, w]: what the places of one stage add to the similarity."""
     # Swin and its kind keep channels last: channels are the axis that is not a side of the map.
     axis = 1 if activation.shape[2] == activation.shape[3] else 3
     weights = gradient.mean(dim=[d for d in (1, 2, 3) if d != axis], keepdim=True) if pooled else gradient
-    relevance = (weights * activation).sum(axis)[0].clamp_min(0)
-    return relevance.detach().float().cpu().numpy(), float(similarity.detach())
+    return (weights * activation).sum(axis)[0].clamp_min(0)
+
+
+def _overlaid(maps: Sequence[Tensor]) -> Tensor:
+    """[h, w]: the mean of maps at the size of the finest, each with 1 as its highest."""
+    side = max(maps, key=lambda one: one.shape[0]).shape
+    grown = [F.interpolate(one[None, None].float(), side, mode="bicubic")[0, 0].clamp_min(0) for one in maps]
+    return torch.stack([one / one.max().clamp_min(1e-12) for one in grown]).mean(0)
 
 
 def _stages(visual: Any, stage: int | None) -> list[nn.Module]:

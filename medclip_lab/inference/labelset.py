@@ -9,6 +9,9 @@ from pathlib import Path
 from medclip_lab.config import load_config, shipped
 from medclip_lab.errors import UserError
 from medclip_lab.files import digest
+from medclip_lab.inference.grid import drawn, sentences
+
+GAP = re.compile(r"\{a?\}")
 
 
 @dataclass
@@ -16,7 +19,7 @@ class Templates:
     """Sentences with a gap, for and against whatever fills it."""
 
     positive: list[str]
-    """Each with one "{}"."""
+    """Each with one gap: "{}" for the term alone ("No {}."), "{a}" for the term with its article ("There is {a}.")."""
     negative: list[str] = field(default_factory=list)
     name: str = ""
     description: str = ""
@@ -27,13 +30,13 @@ class Templates:
 
     def __post_init__(self) -> None:
         for template in (*self.positive, *self.negative):
-            if template.count("{}") != 1 or re.search(r"[{}]", template.replace("{}", "")):
-                raise ValueError(f"templates: {template!r} needs one {{}} and no other brace")
+            if len(GAP.findall(template)) != 1 or re.search(r"[{}]", GAP.sub("", template)):
+                raise ValueError(f"templates: {template!r} needs one {{}} or {{a}} and no other brace")
 
     def fill(self, terms: list[str]) -> tuple[list[str], list[str]]:
         """Every positive and every negative sentence about every term, the first letter a capital."""
         positive, negative = (
-            [_sentence(template.replace("{}", term)) for term in terms for template in templates]
+            [_sentence(_filled(template, term)) for term in terms for template in templates]
             for templates in (self.positive, self.negative)
         )
         return positive, negative
@@ -49,7 +52,12 @@ class LabelPrompts:
     negative: list[str] = field(default_factory=list)
     """Sentences that say it is not; an exclusive set needs none."""
     terms: list[str] = field(default_factory=list)
-    """What fills the set's templates, "pleural effusion"; their sentences are added to the prompts above."""
+    """What fills the set's templates, in the singular: "edema", or with its article "a pleural effusion". Their
+    sentences are added to the prompts above."""
+    grid: list[list[str]] = field(default_factory=list)
+    """Parts of positive prompts: one entry of each list, joined by blanks, in every combination; one may be empty."""
+    negative_grid: list[list[str]] = field(default_factory=list)
+    """The same for negative prompts."""
     none_of: list[str] = field(default_factory=list)
     """For "No Finding": names of other labels. Its score is 1 minus the greatest of theirs, and it has no prompts."""
 
@@ -69,6 +77,10 @@ class LabelSet:
     """True: just one label holds for an image (the greatest score wins). False: any number (multi-label)."""
     templates: str = ""
     """Name of shipped templates or a YAML file, for the labels that give terms."""
+    draw: int = 0
+    """How many sentences of each grid are taken, the first by SHA-256 of "seed:sentence"; 0 takes all. What was drawn
+    stands among the prompts of a set that is written to a bundle, and number and seed still say how."""
+    seed: int = 0
     groups: dict[str, list[str]] = field(default_factory=dict)
     """Names of labels whose mean is reported too."""
 
@@ -79,8 +91,12 @@ class LabelSet:
         names = [label.name for label in self.labels]
         if len(set(names)) < len(names):
             raise ValueError(f"{where}: a name stands twice")
+        if self.draw < 0:
+            raise ValueError(f"{where}: draw is a number of sentences, or 0 for all; got {self.draw}")
         if any(label.terms for label in self.labels):
             self._fill(load_templates(self.templates) if self.templates else None)
+        for label in self.labels:
+            self._draw(label, where)
         for label in self.labels:
             self._check(label, where)
         for group, members in self.groups.items():
@@ -102,6 +118,22 @@ class LabelSet:
             positive, negative = templates.fill(label.terms)
             label.positive, label.negative, label.terms = label.positive + positive, label.negative + negative, []
         self.templates = ""  # nothing is left to fill: what is written to a bundle says all
+
+    def _draw(self, label: LabelPrompts, where: str) -> None:
+        """The sentences of a label's grids among its prompts; nothing is left to draw."""
+        try:
+            label.positive = label.positive + self._of_grid(label.grid)
+            label.negative = label.negative + self._of_grid(label.negative_grid)
+        except ValueError as error:
+            raise ValueError(f"{where}: {label.name}: {error}") from None
+        label.grid, label.negative_grid = [], []
+
+    def _of_grid(self, grid: list[list[str]]) -> list[str]:
+        if not grid:
+            return []
+        if not all(grid):
+            raise ValueError('a list of its grid is empty: write "" for a part that may be left out')
+        return drawn(sentences(grid), self.draw, self.seed)
 
     def _check(self, label: LabelPrompts, where: str) -> None:
         if label.none_of:
@@ -126,7 +158,9 @@ class LabelSet:
     @property
     def hash(self) -> str:
         """Changes with any name or prompt, and with how they are scored; not with description, source or groups."""
-        return digest([self.exclusive, [asdict(label) for label in self.labels]])
+        grids = ("grid", "negative_grid")  # their sentences stand among the prompts
+        prompts = [{name: value for name, value in asdict(label).items() if name not in grids} for label in self.labels]
+        return digest([self.exclusive, prompts])
 
 
 def means_nothing(name: str) -> bool:
@@ -180,6 +214,11 @@ def _find(name: str | Path, folder: str, what: str, kind: str) -> Path:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"{what}: no shipped {kind} is called {str(name)!r} (there are {', '.join(known)}){hint}")
     return path
+
+
+def _filled(template: str, term: str) -> str:
+    bare = re.sub(r"^an? ", "", term)
+    return template.replace("{}", bare).replace("{a}", term)
 
 
 def _sentence(text: str) -> str:

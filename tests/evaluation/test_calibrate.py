@@ -175,6 +175,7 @@ def test_a_calibrated_bundle_decides(calibrated: Path, toy_bundle: Path, toy_sha
     heart = next(label for label in shot["labels"] if label["name"] == "Cardiomegaly")
     assert heart["metrics"]["accuracy"]["value"] > 0.8
     assert heart["metrics"]["ece"]["value"] < 0.3
+    assert 0 < heart["metrics"]["ece"]["if_perfect"] < 0.3
     assert sum(part["count"] for part in heart["reliability"]) == heart["positives"] + heart["negatives"]
     assert shot["calibration"]["shared_patients"] == 0
     assert shot["calibration"]["split"] == "train"

@@ -16,6 +16,7 @@ from medclip_lab.evaluation.metrics import (
     average_precision,
     brier,
     calibration_error,
+    error_if_perfect,
     interval,
     known,
     mean_of_draws,
@@ -110,6 +111,16 @@ def test_exclusive_classes_equal_scikit_learn(data: Any) -> None:
     assert cells.mcc()[0] == pytest.approx(sklearn.matthews_corrcoef(truth, decided), abs=1e-12)
     recalls = [(decided[truth == label] == label).mean() for label in np.unique(truth)]
     assert cells.balanced_accuracy()[0] == pytest.approx(np.mean(recalls), abs=1e-12)
+
+
+def test_a_perfect_model_has_the_error_of_chance() -> None:
+    rng = np.random.default_rng(1)
+    probabilities = rng.random(200)
+    found = [calibration_error(probabilities, rng.random(200) < probabilities)[0] for _ in range(400)]
+    expected, deviation = np.mean(found), np.std(found)
+    assert error_if_perfect(probabilities) == pytest.approx(expected, abs=3 * deviation * np.sqrt(1 / 50 + 1 / 400))
+    assert error_if_perfect(rng.random(20_000)) < expected / 5
+    assert error_if_perfect(np.array([0.0, 1.0, 1.0])) == 0.0
 
 
 def test_weights_mean_repetition() -> None:

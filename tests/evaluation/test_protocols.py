@@ -23,8 +23,10 @@ from medclip_lab.config import load_config, shipped
 from medclip_lab.data.manifest import Manifest
 from medclip_lab.errors import UserError
 from medclip_lab.evaluation.compare import compare
+from medclip_lab.evaluation.labels_from import LabelsFrom
 from medclip_lab.evaluation.protocol_tasks import class_scores, one_of, precision_at, run_protocol, summary
-from medclip_lab.evaluation.protocols import ProtocolConfig, Sampling, labels_of, load_protocol, select
+from medclip_lab.evaluation.protocols import ProtocolConfig, Sampling, load_protocol, select
+from medclip_lab.evaluation.suite import Extras, run
 from medclip_lab.files import write_json
 from medclip_lab.inference.encoder import Encoder, load
 
@@ -98,23 +100,24 @@ def test_too_few_of_a_class_are_said_and_not_filled_up() -> None:
         select(protocol(views=["OBLIQUE"]), records())
 
 
+def test_a_table_of_images_draws_by_the_image_that_is_taken(tmp_path: Path) -> None:
+    found = [record | {"image_id": [f"{record['study_id']}-{n}" for n in range(2)]} for record in records(8)]
+    lines = [f"s{number}-{image},{int(image == 1)}\n" for number in range(8) for image in range(2)]
+    (tmp_path / "labels.csv").write_text("image_id,Edema\n" + "".join(lines))
+    asked = protocol(
+        views=["PA"], labels_from=str(tmp_path / "labels.csv"), sampling=Sampling(labels=["Edema"], per_label=2)
+    )
+    chosen = select(asked, found)
+    assert set(chosen.images.values()) == {1}, "the frontal image is the second one, and has the finding"
+    with pytest.raises(UserError, match="3 studies of Edema"):
+        select(replace(asked, sampling=Sampling(labels=["Edema"], per_label=3)), found)
+
+
 def test_a_list_of_ones_own() -> None:
     chosen = select(protocol(sampling=None), records(), listed=["s3", "s1"])
     assert set(chosen.images) == {"s1", "s3"}
     with pytest.raises(UserError, match="1 of 2 studies are not in split 'test'"):
         select(protocol(sampling=None), records(), listed=["s1", "s9999"])
-
-
-def test_labels_of_lists_and_of_votes() -> None:
-    record = {"finding_labels": ["Pleural_Thickening", "Effusion"], "votes": {"COPD": 1, "Edema": 0}}
-    names = ["Pleural Thickening", "Mass"]
-    assert labels_of(record, "finding_labels", names) == {"Pleural Thickening": 1, "Mass": 0}
-    assert labels_of(record, "votes", ["copd", "Edema", "Mass"]) == {"copd": 1, "Edema": 0, "Mass": 0}
-    assert labels_of({"votes": {}}, "votes", ["Mass"]) == {"Mass": 0}, "who saw nothing at all denies it"
-    assert labels_of({"votes": {"Other lesion": 1}}, "votes", ["Mass"]) == {"Mass": 0}, "a vote outside the set"
-    assert labels_of({"labels": {"Edema": 1}}, "votes", ["Edema"]) == {"Edema": None}, "no votes were counted"
-    several = {"readers": 3, "votes": {"Edema": 2, "Mass": 1, "COPD": 3}}
-    assert labels_of(several, "votes", ["Edema", "Mass", "COPD"]) == {"Edema": 1, "Mass": -1, "COPD": 1}
 
 
 def test_no_finding_is_not_negated() -> None:
@@ -274,6 +277,25 @@ def test_results_of_protocols_compare(encoder: Encoder, toy_shards: Manifest, tm
 def test_nothing_to_score_is_no_result(encoder: Encoder, toy_shards: Manifest) -> None:
     with pytest.raises(UserError, match="has both classes in this data"):
         run_protocol(encoder, toy_shards.folder, protocol(task="multi_label", sampling=None, labels=["Edema"]), draws=5)
+
+
+def test_what_is_not_mentioned_is_absent_as_in_an_evaluation(
+    encoder: Encoder, toy_shards: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study of which only labels outside the set are told counts, or one number would mean two things."""
+    told = LabelsFrom.of
+
+    def silent(self: LabelsFrom, record: Any, names: Any) -> dict[str, int | None]:
+        states = told(self, record, names)
+        return states if states.get("Cardiomegaly") == 1 else {"Fracture": 1}
+
+    monkeypatch.setattr(LabelsFrom, "of", silent)
+    asked = protocol(task="multi_label", sampling=None, labels=["Cardiomegaly"])
+    (row,) = run_protocol(encoder, toy_shards.folder, asked, draws=5)["zero_shot"]["labels"]
+    assert row["negatives"] > 0
+    evaluated = run(encoder, toy_shards.folder, "test", asked.labelset, Extras(), draws=5).results
+    same = next(one for one in evaluated["zero_shot"]["labels"] if one["name"] == "Cardiomegaly")
+    assert (row["positives"], row["negatives"], row["auroc"]) == (same["positives"], same["negatives"], same["auroc"])
 
 
 def test_tasks_on_the_toy_data(encoder: Encoder, toy_shards: Manifest) -> None:

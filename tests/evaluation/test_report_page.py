@@ -220,9 +220,10 @@ def test_without_images_there_are_none_and_a_calibrated_model_has_reliability(
     results = copy.deepcopy(evaluated.results)
     bins = [{"count": 3, "probability": 0.1, "positives": 0.0}, {"count": 1, "probability": 0.8, "positives": 1.0}]
     results["zero_shot"]["labels"][0]["reliability"] = bins
+    results["zero_shot"]["labels"][0]["metrics"]["ece"] = {"value": 0.125, "if_perfect": 0.061}
     html = render(encoder, replace(evaluated, results=results), "chexpert14", "")
     name = results["zero_shot"]["labels"][0]["name"]
-    assert f"{name}: expected calibration error 0.125" in html
+    assert f"{name}: expected calibration error 0.125 (by chance alone 0.061)" in html
     assert "its scores are no probabilities" not in html
 
 

@@ -96,6 +96,23 @@ def test_hirescam_by_hand(spot: Image.Image) -> None:
     assert told.similarity == pytest.approx(similarity.item(), abs=1e-6)
 
 
+def test_the_map_of_a_tower_is_the_mean_of_its_stages(toy_bundle: Path, toy_image: Path) -> None:
+    """Each counts the same, whatever its gradients are, at the size of the finest."""
+    encoder = load(toy_bundle, device="cpu")
+    prompts = "The heart is enlarged.", "The heart is normal."
+    told = explain(encoder, toy_image, *prompts)
+    assert told.method == "hirescam"
+    count = len(encoder.model.model.visual.trunk.feature_info)
+    stages = [explain(encoder, toy_image, *prompts, stage=stage).relevance for stage in range(count)]
+    assert count > 1
+    assert told.relevance.shape == max(one.shape for one in stages)
+    expected = np.zeros(told.relevance.shape)
+    for one in stages:
+        grown = F.interpolate(torch.from_numpy(one)[None, None], told.relevance.shape, mode="bicubic").clamp_min(0)
+        expected += (grown[0, 0] / max(float(grown.max()), 1e-12)).numpy() / count
+    np.testing.assert_allclose(told.relevance, expected, atol=1e-5)
+
+
 def test_what_both_texts_share_cancels(spot: Image.Image) -> None:
     encoder = bright_encoder()
     alone, against = explain(encoder, spot, "bright"), explain(encoder, spot, "bright", "dark")
