@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_explain(verbs)
     evaluate.add_calibrate(verbs)
     model.add_export(verbs)
+    model.add_card(verbs)
     retrieval.add_embed(verbs)
     retrieval.add_index(verbs)
     search.add_search(verbs)

@@ -44,6 +44,16 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--truncate", action="store_true", help="cut prompts that are longer than the context")
 
 
+def add_labels_from(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--labels-from",
+        default="labels",
+        metavar="FIELD_OR_TABLE",
+        help="where labels are told: a field of the records (finding_labels, votes ...), or a .csv whose first column "
+        "is study_id (default: labels)",
+    )
+
+
 def add_ensemble(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ensemble", type=Path, nargs="+", default=[], help="further bundles to average with")
     parser.add_argument(

@@ -103,31 +103,98 @@ def _run_train(args: argparse.Namespace) -> None:
 def add_export(verbs: Verbs) -> None:
     parser = add_verb(verbs, "export", "a finished run to a bundle", "export runs/phantom --out bundle", _run_export)
     parser.add_argument(
-        "run_folder", metavar="run", type=Path, help="folder of a finished run; with --to transformers that of a bundle"
+        "run_folder", metavar="run", type=Path, help="folder of a finished run; with --to onnx and others of a bundle"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
     parser.add_argument("--labelset", nargs="*", default=["chexpert14"], help="label sets to carry")
     parser.add_argument(
         "--to",
-        choices=("bundle", "transformers"),
+        choices=("bundle", "transformers", "vision", "onnx", "timm"),
         default="bundle",
-        help="transformers: a folder for Hugging Face's zero-shot-image-classification (default: bundle)",
+        help="of a bundle: transformers, a folder for Hugging Face's zero-shot-image-classification; vision, the image "
+        "tower alone for LLaVA; onnx, each tower as a graph; timm, the image tower (default: bundle)",
+    )
+    parser.add_argument(
+        "--precision", choices=("float32", "int8"), default=None, help="of onnx; int8: what it costs is in its JSON"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        default=None,
+        metavar="N",
+        help="of transformers and vision: interpolate position embeddings to N x N pixels, as 336 (default: no)",
     )
     parser.add_argument("--truncate", action="store_true", help="cut prompts that are longer than the context")
 
 
 def _run_export(args: argparse.Namespace) -> None:
-    if args.to == "transformers":
+    if args.precision is not None and args.to != "onnx":
+        raise UserError("--precision belongs to --to onnx")
+    if args.image_size is not None and args.to not in ("transformers", "vision"):
+        raise UserError("--image-size belongs to --to transformers and --to vision")
+    if args.to in ("transformers", "vision"):
         from medclip_lab.inference.to_transformers import to_transformers
+        from medclip_lab.inference.to_vision import to_vision
 
-        facts = to_transformers(args.run_folder, args.out, args.command)
+        write = to_vision if args.to == "vision" else to_transformers
+        facts = write(args.run_folder, args.out, args.command, args.image_size)
         difference = f"features within {facts['largest_difference']:.0e} of the bundle's"
         say(args, facts, f"{args.out}: a {facts['class']}, {difference}")
+        return
+    if args.to == "onnx":
+        from medclip_lab.inference.to_onnx import summary, to_onnx
+
+        facts = to_onnx(args.run_folder, args.out, args.command, args.precision or "float32")
+        say(args, facts, f"{args.out}: {summary(facts)}")
+        return
+    if args.to == "timm":
+        from medclip_lab.inference.to_timm import to_timm
+
+        facts = to_timm(args.run_folder, args.out, args.command)
+        say(
+            args,
+            facts,
+            f"{args.out}: {facts['architecture']}, within {facts['largest_difference']:.0e} of the bundle's",
+        )
         return
     from medclip_lab.training.export import export
 
     manifest = export(args.run_folder, args.out, args.labelset, args.command, args.truncate)
     say(args, manifest, f"{args.out}: bundle {manifest['fingerprint'][:12]}, {len(manifest['files'])} files")
+
+
+def add_card(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "card",
+        "the model card of a bundle, written anew with what people state and what was measured",
+        "card bundle --facts card.yaml --evaluation openi=results.json",
+        _run_card,
+    )
+    parser.add_argument("bundle", type=Path, help="its README.md is replaced; what is not given is not stated there")
+    parser.add_argument(
+        "--facts", type=Path, default=None, help="YAML of what only people know, as configs/deploy/card.yaml lists it"
+    )
+    parser.add_argument(
+        "--evaluation",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="results of `evaluate --out`, with a name for the data (default: the protocol's)",
+    )
+
+
+def _run_card(args: argparse.Namespace) -> None:
+    from medclip_lab.config import load_config
+    from medclip_lab.inference.bundle import describe
+    from medclip_lab.inference.card import CardFacts
+
+    evaluations: dict[Path, str | None] = {}
+    for text in args.evaluation:
+        name, equals, file = text.partition("=")
+        evaluations[Path(file if equals else text)] = name if equals else None
+    path = describe(args.bundle, load_config(CardFacts, args.facts), evaluations)
+    say(args, {"card": str(path)}, f"{path}: with {len(evaluations)} evaluations")
 
 
 def add_classify(verbs: Verbs) -> None:
@@ -140,6 +207,7 @@ def add_classify(verbs: Verbs) -> None:
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("images", type=Path, nargs="+")
+    parser.add_argument("--onnx", type=Path, default=None, help="folder of `export --to onnx`, to run the image tower")
     add_scoring(parser)
     add_ensemble(parser)
 
@@ -152,7 +220,14 @@ def _run_classify(args: argparse.Namespace) -> None:
 
     if args.average and not args.ensemble:
         raise UserError("--average belongs to --ensemble")
-    encoders = [load(bundle) for bundle in (args.bundle, *args.ensemble)]
+    if args.onnx is not None:
+        from medclip_lab.inference.onnx_towers import with_onnx
+
+        if args.ensemble:
+            raise UserError("--onnx is the image tower of one bundle: leave --ensemble out")
+        encoders = [with_onnx(load(args.bundle, "cpu"), args.onnx)]
+    else:
+        encoders = [load(bundle) for bundle in (args.bundle, *args.ensemble)]
     members = [
         encoder.zero_shot_classifier(args.labelset, args.score, temperature=args.temperature, truncate=args.truncate)
         for encoder in encoders
@@ -167,12 +242,18 @@ def _run_classify(args: argparse.Namespace) -> None:
         lines.append(f"{image}" + ("  OUT OF DOMAIN: unlike the images of the calibration" if strange else ""))
         lines += [_line(name, value) for name, value in sorted(row["labels"].items(), key=lambda i: -i[1]["score"])]
     if classifier.calibration is None:
-        made = Calibration.load(encoders[0].folder, classifier.labelset)
-        why = "the bundle is not calibrated"
+        several = isinstance(classifier, ClassifierEnsemble)
+        of = "the ensemble" if several else "the bundle"
+        made = (
+            classifier.made_for_members()
+            if isinstance(classifier, ClassifierEnsemble)
+            else Calibration.load(encoders[0].folder, classifier.labelset)
+        )
+        why = f"{of} is not calibrated"
         if made is not None:
-            why = f"the bundle is calibrated for {made.facts['rule']}, not for {classifier.rule}"
+            why = f"{of} is calibrated for {made.facts['rule']}, not for {classifier.rule}"
             if made.facts["labelset_hash"] != classifier.labelset_hash:
-                why = "the bundle is calibrated for other prompts"
+                why = f"{of} is calibrated for other prompts"
         lines.append(f"scores order images; they are not probabilities ({why})")
     else:
         lines.append(

@@ -1,8 +1,11 @@
 """The bundle: a folder with everything a model needs outside this library, and the hashes that prove it is whole."""
 
 import json
+import os
 import platform
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,10 @@ from medclip_lab.config import to_yaml
 from medclip_lab.data.preprocess import PreprocessConfig
 from medclip_lab.data.tokenizer import FILES as TOKENIZER_FILES
 from medclip_lab.errors import UserError
-from medclip_lab.files import digest, existing_folder, read_json, sha256, write_json
+from medclip_lab.files import atomic_file, atomic_folder, digest, existing_folder, read_json, sha256, write_json
+from medclip_lab.inference.card import CardFacts, Evaluation, card_text
 from medclip_lab.inference.labelset import load_labelset
-from medclip_lab.models.spec import TEXT_MODEL, beyond_open_clip
+from medclip_lab.models.spec import TEXT_MODEL
 from medclip_lab.version import __version__
 
 FORMAT = "medclip-lab-bundle/1"
@@ -25,6 +29,9 @@ MANIFEST, CONFIG, WEIGHTS, PREPROCESS = (
     "open_clip_model.safetensors",
     "preprocess.json",
 )
+CARD, FORMER_CARD = "README.md", "MODEL_CARD.md"
+"""Where Hugging Face looks for a card, and where bundles had it before."""
+CALIBRATION = "calibration.json"
 TEXT_CONFIG = f"{TEXT_MODEL}/config.json"
 IDENTITY = (WEIGHTS, CONFIG, TEXT_CONFIG, PREPROCESS, *TOKENIZER_FILES)
 """The files that decide what an embedding is; the fingerprint is made of their hashes."""
@@ -48,11 +55,10 @@ def write_bundle(
         model_cfg: its open_clip model config.
         tokenizer: folder of the tokenizer's files; None if the config names one of open_clip's own.
         labelsets: YAML files to carry along.
-        card: facts for MODEL_CARD.md.
+        card: facts of the training for the model card, by name.
         augment: how the training images were changed, for the record.
     """
     model_cfg = json.loads(json.dumps(model_cfg))
-    (out / "MODEL_CARD.md").write_text(_card(card, model_cfg), encoding="utf-8")
     model_cfg["vision_cfg"].pop("patch_dropout", None)  # of training
     text = model_cfg["text_cfg"]
     if "hf_config" in text:
@@ -86,6 +92,82 @@ def write_bundle(
         # As it is read, with every template filled: what stands elsewhere is not there where the bundle goes.
         text = to_yaml(load_labelset(labelset))
         (out / "labelsets" / labelset.name).write_text(text, encoding="utf-8")
+    write_card(out, card, fingerprint({name: sha256(out / name) for name in IDENTITY if (out / name).is_file()}))
+
+
+def write_card(
+    folder: Path,
+    run: dict[str, Any],
+    mark: str,
+    stated: CardFacts = CardFacts(),  # noqa: B008 - frozen
+    evaluations: list[Evaluation] | None = None,
+    name: str = "A contrastive image-report model",
+) -> None:
+    """Write the card of what lies in a bundle's folder.
+
+    Args:
+        run: facts of the training, by name.
+        mark: the bundle's fingerprint.
+    """
+    model_cfg = read_json(folder / CONFIG, "bundle")["model_cfg"]
+    if (folder / TEXT_CONFIG).exists():
+        model_cfg["text_cfg"]["hf_config"] = read_json(folder / TEXT_CONFIG, "bundle")
+    text = card_text(
+        fingerprint=mark,
+        model_cfg=model_cfg,
+        preprocess=read_json(folder / PREPROCESS, "bundle"),
+        labelsets=sorted(path.stem for path in (folder / "labelsets").iterdir()),
+        run=run,
+        calibrations=read_json(path, "calibration")["labelsets"] if (path := folder / CALIBRATION).exists() else {},
+        stated=stated,
+        name=name,
+        evaluations=evaluations or [],
+    )
+    with atomic_file(folder / CARD) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def describe(
+    bundle: str | Path,
+    stated: CardFacts,
+    evaluations: Mapping[Path, str | None],
+) -> Path:
+    """Write a bundle's card anew, with what people state and what was measured; returns the file.
+
+    Args:
+        evaluations: files of `medclip-lab evaluate --out`, and what their data are called, if not by themselves.
+
+    Raises:
+        UserError: no bundle, or results that are not this model's.
+    """
+    path, manifest = open_bundle(bundle)
+    mark = manifest["fingerprint"]
+    measured = [Evaluation.read(file, name, mark) for file, name in evaluations.items()]
+    with changed(path) as folder:
+        (folder / FORMER_CARD).unlink(missing_ok=True)
+        manifest["files"].pop(FORMER_CARD, None)
+        write_card(folder, manifest.get("run", {}), mark, stated, measured, name=path.resolve().name)
+        manifest["files"][CARD] = sha256(folder / CARD)
+        write_json(folder / MANIFEST, manifest)
+    return path / CARD
+
+
+@contextmanager
+def changed(bundle: Path) -> Iterator[Path]:
+    """A copy of a bundle to write in, which takes its place when the block ends: it changes whole or not.
+
+    Files are shared with the old folder where the disk can, as weights are large: replace them, never write into them.
+    """
+    with atomic_folder(bundle) as folder:
+        shutil.copytree(bundle, folder, copy_function=_link, dirs_exist_ok=True)
+        yield folder
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _window(preprocess: PreprocessConfig) -> str:
@@ -152,28 +234,3 @@ def versions() -> dict[str, str]:
 
     names = ("torch", "torchvision", "open_clip_torch", "timm", "transformers", "pillow")
     return {"medclip_lab": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
-
-
-def _card(facts: dict[str, Any], model_cfg: dict[str, Any]) -> str:
-    plain = 'or with plain open_clip:\n`open_clip.create_model_from_pretrained("local-dir:this folder")`'
-    if beyond := beyond_open_clip(model_cfg):
-        plain = f"only: plain open_clip does not know {' and '.join(beyond)}"
-    elif "hf_config" in model_cfg["text_cfg"]:
-        plain = 'or, started in this folder, plain\nopen_clip: `open_clip.create_model_from_pretrained("local-dir:.")`'
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    return f"""---
-license: other
-library_name: open_clip
-tags: [medical, radiology, contrastive, zero-shot-classification, retrieval]
----
-# A contrastive image-report model
-
-Not a medical device. Scores order images; they are no probabilities unless `calibration.json` is part of the bundle.
-The embeddings are as private as the images and reports they were made of.
-
-| | |
-|---|---|
-{rows}
-
-Open it with `medclip_lab.load("this folder")` {plain}.
-"""

@@ -145,11 +145,15 @@ class DualEncoder(nn.Module):
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """[N, C, H, W] for the image tower, C being its channels, from [N, 1 or 3, H, W]."""
-        if pixels.shape[1] > self.channels:
-            luma = torch.tensor(LUMA, device=pixels.device).view(3, 1, 1)
-            pixels = (pixels.float() / (255 if pixels.dtype == torch.uint8 else 1) * luma).sum(1, keepdim=True)
-        normalised = normalise(pixels, self.mean, self.std)
+        normalised = normalise(self.fitted(pixels), self.mean, self.std)
         return normalised.contiguous(memory_format=torch.channels_last) if self.channels_last else normalised
+
+    def fitted(self, pixels: Tensor) -> Tensor:
+        """Colour made grey, float in [0, 1], where the image tower has one channel; other pixels as they are."""
+        if pixels.shape[1] <= self.channels:
+            return pixels
+        luma = torch.tensor(LUMA, device=pixels.device).view(3, 1, 1)
+        return (pixels.float() / (255 if pixels.dtype == torch.uint8 else 1) * luma).sum(1, keepdim=True)
 
     def towers_of(self, batch: dict[str, Any]) -> dict[str, Callable[[Tensor], Tensor]]:
         """Name in the batch -> its tower: modalities, and second views such as "second_text"."""

@@ -114,7 +114,7 @@ class HuggingFaceText(nn.Module):
 
 def pool(hidden: Tensor, mask: Tensor, pooler: str) -> Tensor:
     """[N, C] of hidden states [N, L, C] and bool [N, L], in each row of which at least one is True."""
-    rows = torch.arange(len(hidden), device=hidden.device)
+    rows = torch.arange(hidden.shape[0], device=hidden.device)  # len() would fix the batch of an exported graph
     if pooler == "mean_pooler":
         words = mask.unsqueeze(-1)
         return (hidden * words).sum(1) / words.sum(1)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medclip_lab.errors import UserError
+from medclip_lab.models.from_transformers import activation_name
 from medclip_lab.models.hf_text import HuggingFaceText, reserved
 from medclip_lab.models.stems import Normalisation, adapt_stem, add_constant, channels_of, find_stem, is_exact
 from medclip_lab.models.weights import SETTING, Weights, read_weights
@@ -104,6 +105,9 @@ def warm_start(model: Any, configs: list[WarmStartConfig], target: Normalisation
             source = Normalisation(config.mean, config.std)
         for tower in held:
             report = _fill(model, tower, named, shapes, config, source, target)
+            theirs, ours = weights.activations.get(tower), _activation(model, tower)
+            if theirs is not None and ours is not None and theirs != ours:
+                report.notes.append(f"it was trained with {theirs}, and the tower computes {ours}")
             reports.append(report)
             if speak:
                 print(report.line(), file=sys.stderr)
@@ -232,6 +236,16 @@ def _fit_stem(
             f"{sum(source.mean) / 3:.3g} and std {sum(source.std) / 3:.3g}"
         )
     return own | {name: adapted} | {f"visual.{key}": value for key, value in taken.items()}
+
+
+def _activation(model: Any, tower: str) -> str | None:
+    """Of the first layer of a transformer of open_clip or timm; None for any other tower."""
+    part = model.visual if tower == "image" else model.text
+    trunk = getattr(part, "trunk", getattr(part, "transformer", part))
+    blocks = getattr(trunk, "resblocks", getattr(trunk, "blocks", None))
+    mlp = getattr(blocks[0], "mlp", None) if blocks is not None else None
+    layer = getattr(mlp, "gelu", getattr(mlp, "act", None))
+    return None if layer is None else activation_name(layer)
 
 
 def _reshape(name: str, value: Tensor, place: Tensor, model: Any) -> Tensor:

@@ -1,7 +1,7 @@
 """Files and folders of weights as other tools and this one leave them, read without executing anything."""
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from medclip_lab.errors import UserError
 from medclip_lab.files import read_json
+from medclip_lab.models.from_transformers import CLIP, SIGLIP, as_open_clip
 from medclip_lab.models.hf_text import takes_pooling_layer, text_config
 from medclip_lab.models.hub import HUB, find_folder, refuse_pointer
 from medclip_lab.models.spec import OPEN_CLIP_CONFIG
@@ -29,6 +30,8 @@ class Weights:
     path: Path
     normalisation: Normalisation | None = None
     """How pixels were normalised for them."""
+    activations: dict[str, str] = field(default_factory=dict)
+    """Tower to the activation that they were trained with, as transformers calls it, where that is known."""
 
 
 def read_weights(source: str) -> Weights:
@@ -115,10 +118,10 @@ def _of_transformers(folder: Path, record: dict[str, Any]) -> Weights:
     """By transformers itself, which knows the names that its models had in other years."""
     from transformers import AutoModel
 
-    if record["model_type"] in ("clip", "siglip", "siglip2"):
+    kind = record["model_type"]
+    if kind in ("siglip2", "vision-text-dual-encoder"):
         raise UserError(
-            f"{SETTING}: {folder} holds a {record['model_type']} model as transformers names its parts: take "
-            "open_clip's version of it"
+            f"{SETTING}: {folder} holds a {kind} model as transformers names its parts: take open_clip's version of it"
         )
     files = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")]
     for file in files:
@@ -133,10 +136,29 @@ def _of_transformers(folder: Path, record: dict[str, Any]) -> Weights:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{SETTING}: transformers cannot read {folder}: {first}") from None
     state = {name: value for name, value in model.state_dict().items() if name not in found["missing_keys"]}
+    if kind in (*CLIP, *SIGLIP):
+        return Weights(as_open_clip(state, kind), "open_clip", folder, _of_processor(folder), _activations(config))
     if config.is_encoder_decoder:
         part = "encoder."
         state = {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
     return Weights(state, "transformers", folder)
+
+
+def _activations(config: Any) -> dict[str, str]:
+    """Of a config of both towers, or of one."""
+    if not hasattr(config, "vision_config"):
+        return {"image" if "vision" in config.model_type else "text": config.hidden_act}
+    return {"image": config.vision_config.hidden_act, "text": config.text_config.hidden_act}
+
+
+def _of_processor(folder: Path) -> Normalisation | None:
+    """What the image processor beside a model does, alone or with the tokenizer's."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).exists():
+            record = read_json(folder / name, SETTING)
+            record = record.get("image_processor", record)
+            return _normalisation({"mean": record.get("image_mean"), "std": record.get("image_std")})
+    return None
 
 
 def _one_of(folder: Path, *stems: str) -> Path:

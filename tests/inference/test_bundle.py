@@ -101,7 +101,7 @@ def copy(toy_bundle: Path, tmp_path: Path) -> Path:
         "tokenizer.json",
         "classifiers/chexpert14.safetensors",
         "labelsets/chexpert14.yaml",
-        "MODEL_CARD.md",
+        "README.md",
     ],
 )
 def test_a_changed_file_is_refused(copy: Path, name: str) -> None:
@@ -172,7 +172,7 @@ def test_unknown_label_set(toy_bundle: Path) -> None:
 
 
 def test_card_and_preprocess_are_written_for_people(toy_bundle: Path) -> None:
-    assert "Not a medical device" in (toy_bundle / "MODEL_CARD.md").read_text()
+    assert "Not a medical device" in (toy_bundle / "README.md").read_text()
     preprocess = json.loads((toy_bundle / "preprocess.json").read_text())
     assert preprocess["size"] == [32, 32]
     assert any("VOI LUT" in step for step in preprocess["steps"])

@@ -98,14 +98,14 @@ def test_a_bundle_opens_in_open_clip_where_that_can_express_it(
     with torch.no_grad():
         images, texts = encoder.model.encode_image(pixels()), torch.from_numpy(encoder.encode_texts(TEXTS))
     monkeypatch.chdir(folder)  # where it finds the config of a text tower
-    card = (folder / "MODEL_CARD.md").read_text()
+    card = (folder / "README.md").read_text()
     if beyond:
         assert beyond in card
         with contextlib.redirect_stderr(None), pytest.raises((TypeError, KeyError, ValueError, RuntimeError)):
             # open_clip has a max pooler, which fails when it is called.
             open_clip.create_model("local-dir:.").encode_text(ids_of(12))
         return
-    assert "with plain" in card or "plain\nopen_clip" in card
+    assert "plain open_clip `open_clip." in card or "plain open_clip: `open_clip." in card
     theirs = open_clip.create_model("local-dir:.").eval()
     ids = open_clip.get_tokenizer("local-dir:.")(TEXTS)
     with torch.no_grad():

@@ -344,9 +344,10 @@ def test_folders_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     file.unlink()
     with pytest.raises(UserError, match="transformers cannot read"):
         start(model, folder)
-    (folder / "config.json").write_text('{"model_type": "clip"}')
-    with pytest.raises(UserError, match="take open_clip's version of it"):
-        start(model, folder)
+    for kind in ("siglip2", "vision-text-dual-encoder"):
+        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(UserError, match=f"holds a {kind} model .*take open_clip's version of it"):
+            start(model, folder)
     for values, message in (
         ({"at_least": 0.0}, "at_least is a share"),
         ({"mean": (0.5, 0.5, 0.5)}, "mean and std go together"),
