@@ -1,6 +1,7 @@
 """Files that are never half-written: write under a temporary name, rename when whole."""
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ from typing import Any
 
 from medclip_lab.errors import UserError
 
+LFS = "version https://git-lfs"
+
 
 def _beside(path: Path) -> Path:
     path = path.absolute()  # "." has no name
@@ -22,11 +25,28 @@ def _beside(path: Path) -> Path:
 
 
 @contextmanager
+def _full_disk_named(path: Path) -> Iterator[None]:
+    """A full disk is told with the folder that lies on it: a write to an open file knows no name.
+
+    numpy counts the items it wrote and gives no number of an error.
+    """
+    try:
+        yield
+    except OSError as error:
+        counted = error.errno is None and "requested and" in str(error)
+        number = errno.ENOSPC if counted else error.errno
+        if number in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+            raise OSError(number, os.strerror(number), str(path.absolute().parent)) from error
+        raise
+
+
+@contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path to write to; it becomes `path` if the block succeeds and disappears if it raises."""
     temporary = _beside(path)
     try:
-        yield temporary
+        with _full_disk_named(path):
+            yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -39,7 +59,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = _beside(path)
     temporary.mkdir()
     try:
-        yield temporary
+        with _full_disk_named(path):
+            yield temporary
         if not path.exists():
             temporary.rename(path)
             return
@@ -47,6 +68,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _exchange(temporary, path)
         if stood_in:  # or relative paths would lead into the folder that is deleted now
             os.chdir(path)
+            print(f'{path} is another folder now: type cd "$PWD", or your shell stays in the old one', file=sys.stderr)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -54,11 +76,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def _exchange(new: Path, path: Path) -> None:
     """Two folders change names: a full one cannot be renamed over. Linux does it at once, on most disks.
 
-    Elsewhere a kill between two renames leaves the old folder under a hidden name beside its own.
+    Elsewhere a kill between two renames leaves the old folder beside its own name: `existing_folder` tells of it.
     """
     if sys.platform == "linux" and _rename_exchange(new, path):
         return
-    retired = _beside(path)
+    retired = _retired(path)
+    shutil.rmtree(retired, ignore_errors=True)  # of a kill long ago: `path` is there again
     path.rename(retired)
     try:
         new.rename(path)
@@ -66,6 +89,10 @@ def _exchange(new: Path, path: Path) -> None:
         retired.rename(path)
         raise
     retired.rename(new)
+
+
+def _retired(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
 
 
 def _rename_exchange(one: Path, other: Path) -> bool:
@@ -99,7 +126,10 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         UserError: the file is missing, unreadable or not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith(LFS):
+            raise UserError(f"{what}: {path} is a pointer of Git LFS, not the file itself: run git lfs pull")
+        value = json.loads(text)
     except FileNotFoundError:
         raise UserError(f"{what}: no such file: {path}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -141,7 +171,9 @@ def existing_folder(path: str | os.PathLike[str], what: str) -> Path:
     """
     folder = Path(path).expanduser()
     if not folder.exists():
-        raise UserError(f"{what}: no such folder: {folder}")
+        old = _retired(folder.absolute())
+        left = f"; a kill left it at {old}: rename that back" if old.is_dir() else ""
+        raise UserError(f"{what}: no such folder: {folder}{left}")
     if not folder.is_dir():
         raise UserError(f"{what}: not a folder: {folder}")
     if not any(folder.iterdir()):

@@ -127,6 +127,11 @@ def _run_search(args: argparse.Namespace) -> None:
         store = _open(args, encoder.fingerprint)
     patient = _patient(args, store)
     given = Parameters(nprobe=args.nprobe, ef_search=args.ef_search, k_factor=args.k_factor)
+    if given.given() and args.policy == "calibrated":
+        raise UserError(
+            "--policy calibrated holds for answers searched for as they were tuned: leave --nprobe, --ef-search and "
+            "--k-factor out"
+        )
     hits = store.search(
         store.vectors([args.id]) if query is None else query,
         args.k,
@@ -209,7 +214,11 @@ def add_rag(verbs: Verbs) -> None:
     )
     parser.add_argument("--alpha", type=float, default=0.1, help="what the risk stays under (default: 0.1)")
     parser.add_argument(
-        "--signal", choices=("score", "ratio", "rank"), default="score", help="what is cut at (default: score)"
+        "--signal",
+        choices=("chance", "score", "ratio", "rank"),
+        default="chance",
+        help="what is cut at: the risk so far as a model foretells it, the cosine, its share of the best, or one place "
+        "for all (default: chance)",
     )
     parser = add_verb(
         actions,

@@ -47,6 +47,8 @@ class Goals:
     dedup: bool | None = None
     """One vector for copies; None means so for texts."""
     seed: int = 0
+    exact_values: int | None = None
+    """Numbers (vectors times dimensions) up to which exact kinds come first; None takes `EXACT_VALUES`."""
 
     def __post_init__(self) -> None:
         if not 0 < self.target_recall <= 1:
@@ -116,6 +118,7 @@ class _Search:
         self.gallery, self.goals, self.meter, self.say = gallery, goals, meter, say
         self.trials: list[Trial] = []
         self.values = gallery.size * gallery.dim
+        self.exact_values = EXACT_VALUES if goals.exact_values is None else goals.exact_values
         self._built: tuple[str, Any] | None = None
 
     def run(self) -> Choice:
@@ -126,15 +129,16 @@ class _Search:
         others = [key for key in fitting if key not in families.EXACT]
         if self.goals.factory is not None:
             choice = self._first_that_meets(fitting)
-        elif self.values <= EXACT_VALUES:
+        elif self.values <= self.exact_values:
             choice = self._quickest_exact(exact) or self._first_that_meets(self._screened(others))
         else:
             choice = self._first_that_meets(self._screened(others)) or self._quickest_exact(exact)
         if choice is None:
             best = max((trial for trial in self.trials if trial.tuned), key=lambda trial: trial.worst)
             raise UserError(
-                f"target-recall: nothing within {show_size(self.meter.limit)} reached {self.goals.target_recall:g} at "
-                f"{self.goals.at} (best: {best.factory} with {best.worst:.4f}); {self._way_out()}"
+                f"target-recall: nothing within {show_size(self.meter.limit)} surely reached "
+                f"{self.goals.target_recall:g} at {self.goals.at} (best: {best.factory} "
+                f"with {best.worst:.4f}); {self._way_out()}"
             )
         choice.trial.verdict = "chosen"
         return choice
@@ -153,7 +157,7 @@ class _Search:
         size, dim = self.gallery.size, self.gallery.dim
         if self.goals.factory is not None:
             keys = [self.goals.factory]
-        elif self.values <= PLAIN_VALUES:
+        elif self.values <= min(PLAIN_VALUES, self.exact_values):
             keys = [*families.EXACT[:1]]
         else:
             keys = [*families.EXACT, *families.approximate(size, dim)]
@@ -205,8 +209,7 @@ class _Search:
         start = time.perf_counter()
         index = self._make(key)
         trial.build_seconds = time.perf_counter() - start
-        # An exact index has nothing to tune and no luck: its recall is that of its codes.
-        self._measure(trial, index, self.gallery.queries, main, 0.0 if key in families.EXACT else MARGIN)
+        self._measure(trial, index, self.gallery.queries, main, MARGIN)
         self._built = (key, index)
         self.trials.append(trial)
         return trial
@@ -259,7 +262,8 @@ class _Search:
 
     def _measure(self, trial: Trial, index: Any, queries: dict[str, Queries], vectors: Vectors, margin: float) -> None:
         for name, given in queries.items():
-            trial.tuned[name] = tune(index, given, vectors, len(vectors), self.goals.target_recall, margin)
+            exact = trial.factory in families.EXACT
+            trial.tuned[name] = tune(index, given, vectors, len(vectors), self.goals.target_recall, margin, exact)
         if not trial.verdict and not trial.met:
             trial.verdict = "below the target"
         self.say(line(trial))

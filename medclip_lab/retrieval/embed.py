@@ -150,12 +150,12 @@ def _work(
                 lock = _claim(out, shard)
                 if lock is not None:
                     locks.callback(lock.release)
-                    yield shard, lock, _loader(encoder, shard, config, workers)
+                    yield shard, lock, loader(encoder, shard, config, workers)
 
         def finished() -> Iterator[Shard]:
             # The next shard's loader processes begin while the model is still at this one.
             for shard, lock, parts in _ahead(begun(), 1 if workers else 0):
-                _embed_shard(encoder, shard, parts, out, config, quarantine, timing)
+                embed_shard(encoder, shard, parts, out, config, quarantine, timing)
                 lock.release()
                 yield shard
 
@@ -189,13 +189,13 @@ def _claim(out: Path, shard: Shard) -> FileLock | None:
     return lock
 
 
-def _loader(encoder: Encoder, shard: Shard, config: EmbedConfig, workers: int) -> Iterator[Part]:
+def loader(encoder: Encoder, shard: Shard, config: EmbedConfig, workers: int) -> Iterator[Part]:
+    """The batches of a shard, decoded and tokenized."""
     parts = ShardParts(shard, encoder.preprocess, encoder.tokenizer, config)
-    loader: DataLoader[Part] = DataLoader(parts, batch_size=None, num_workers=min(workers, len(parts)))
-    return iter(loader)
+    return iter(DataLoader(parts, batch_size=None, num_workers=min(workers, len(parts))))
 
 
-def _embed_shard(
+def embed_shard(
     encoder: Encoder,
     shard: Shard,
     parts: Iterator[Part],
@@ -204,6 +204,7 @@ def _embed_shard(
     quarantine: Quarantine,
     timing: Timing,
 ) -> None:
+    """Encode the batches of a shard and put its folder into place."""
     width = 0
     features: dict[str, list[NDArray[Any]]] = {name: [] for name in config.modalities}
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in config.modalities}

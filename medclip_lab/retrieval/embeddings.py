@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from medclip_lab.errors import UserError
-from medclip_lab.files import read_json, sha256, write_json
+from medclip_lab.files import LFS, read_json, sha256, write_json
 
 FORMAT = "medclip-lab-embeddings/2"
 MANIFEST, SHARD, STATUS = "manifest.json", "shard.json", "status.parquet"
@@ -39,7 +39,6 @@ BLOCK_BYTES = 16 * 2**20
 """Of float32 vectors that are in memory at a time."""
 TOLERANCE = 2e-3
 """How far from 1 a norm may be: that of float16."""
-LFS = b"version https://git-lfs"
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
 
@@ -203,6 +202,10 @@ class Embeddings:
             raise UserError(f"embeddings: {self.folder} has no {modality} embeddings")
         return Files(paths)
 
+    def digests(self, modality: str) -> list[str]:
+        """SHA-256 of the files of `vectors`."""
+        return [str(self.shards[path.parent.name]["sha256"][path.name]) for path in self.paths(modality, "npy")]
+
     def table(self, modality: str) -> pa.Table:
         """What the rows of `vectors` are, in the same order."""
         return pa.concat_tables(pq.read_table(path) for path in self.paths(modality, "parquet"))
@@ -216,7 +219,7 @@ def check_file(path: Path, expected: str, what: str, way_out: str, size: int | N
     """
     if path.is_file():
         with path.open("rb") as file:
-            if file.read(len(LFS)) == LFS:
+            if file.read(len(LFS)) == LFS.encode():
                 raise UserError(f"{what}: {path} is a pointer of Git LFS, not the file itself: run git lfs pull")
     if not path.is_file() or size not in (None, path.stat().st_size) or sha256(path) != expected:
         raise UserError(f"{what}: {path} is missing or was changed since it was written: {way_out}")

@@ -13,7 +13,8 @@ import numpy as np
 from medclip_lab.errors import UserError
 from medclip_lab.retrieval.embeddings import BLOCK_BYTES, Floats
 
-EXACT = ("Flat", "SQfp16", "SQ8")
+EXACT = ("Flat", "SQfp16", "SQ8", "SQ8,Refine(Flat)")
+"""Kinds that compare a query with every vector; of the last 8 bits are read, and in float32 what they put first."""
 LINKS = 32
 PER_CENTROID = 48
 """Vectors that a cluster centre is trained on; faiss warns below 39."""

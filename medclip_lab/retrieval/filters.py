@@ -29,6 +29,19 @@ ORDER: dict[str, Callable[[float, float], bool]] = {
 }  # fmt: skip
 
 
+class FilterError(UserError):
+    """A condition that cannot be.
+
+    Args:
+        message: with what was asked for.
+        plain: the same without it, as that may be a patient: for who may not have it in a log.
+    """
+
+    def __init__(self, message: str, plain: str) -> None:
+        super().__init__(f"filter: {message}")
+        self.plain = plain
+
+
 @dataclass(frozen=True)
 class Condition:
     """What one column of a row has to be."""
@@ -42,9 +55,11 @@ class Condition:
 
     def __post_init__(self) -> None:
         if self.operator not in {name.strip() for name in OPERATORS}:
-            raise UserError(f"filter: {self.operator!r} is no operator: write column=value, !=, <, <=, >, >= or in")
+            way_out = "write column=value, !=, <, <=, >, >= or in"
+            raise FilterError(f"{self.operator!r} is no operator: {way_out}", f"no operator: {way_out}")
         if not self.values or (self.operator != "in" and len(self.values) != 1):
-            raise UserError(f"filter: {self.column} {self.operator} takes one value, got {len(self.values)}")
+            told = f"takes one value, got {len(self.values)}"
+            raise FilterError(f"{self.column} {self.operator} {told}", f"{self.operator} {told}")
         if self.operator in ORDER:
             kind_of(self)
 
@@ -68,7 +83,8 @@ def parse(text: str) -> Condition:
     """
     found = _WRITTEN.fullmatch(text)
     if found is None:
-        raise UserError(f"filter: cannot read {text!r}: write column=value, with !=, <, <=, >, >= or in (a,b) too")
+        way_out = "write column=value, with !=, <, <=, >, >= or in (a,b) too"
+        raise FilterError(f"cannot read {text!r}: {way_out}", f"cannot be read: {way_out}")
     column, sign, value = found.group(1), found.group(2).strip(), found.group(3)
     values = tuple(part.strip() for part in value.split(",")) if sign == "in" else (value,)
     return Condition(column, sign, values)
@@ -105,10 +121,8 @@ def kind_of(condition: Condition) -> tuple[str, float]:
     """
     found = quantity(condition.value)
     if found is None:
-        raise UserError(
-            f"filter: {condition.column} {condition.operator} {condition.value!r}: a number or a date such as "
-            "2019-01-31 is needed"
-        )
+        told = "a number or a date such as 2019-01-31 is needed"
+        raise FilterError(f"{condition.column} {condition.operator} {condition.value!r}: {told}", told)
     return found
 
 
@@ -118,16 +132,26 @@ def whole(condition: Condition, value: str) -> int:
         UserError: the value is no whole number, though the column holds such.
     """
     if not re.fullmatch(r"[-+]?\d{1,18}", value):
-        raise UserError(f"filter: {condition.column} holds whole numbers of up to 18 digits, {value!r} is none")
+        told = f"{condition.column} holds whole numbers of up to 18 digits"
+        raise FilterError(f"{told}, {value!r} is none", f"{told}, the value is none")
     return int(value)
 
 
-def refuse_kind(condition: Condition, kind: str) -> UserError:
+def refuse_kind(condition: Condition, kind: str) -> FilterError:
     """A date asked of a column of numbers, for example: no row at all would match, and nobody would know why."""
-    return UserError(
-        f"filter: {condition.column} holds no {kind}s, and {condition.value!r} is one: write numbers as 60, dates as "
-        "2019-01-31"
-    )
+    told, way_out = f"{condition.column} holds no {kind}s", "write numbers as 60, dates as 2019-01-31"
+    return FilterError(f"{told}, and {condition.value!r} is one: {way_out}", f"{told}, and the value is one: {way_out}")
+
+
+def refuse_column(condition: Condition, names: Sequence[str]) -> FilterError:
+    there = f"there are {', '.join(names)} and labels.NAME"
+    return FilterError(f"no column {condition.column!r}; {there}", f"no such column; {there}")
+
+
+def refuse_label(condition: Condition, names: Sequence[str] | None) -> FilterError:
+    """No row has the label; `names` of those that rows have, where they are known."""
+    there = "" if names is None else f"; there are {', '.join(names) or 'none'}"
+    return FilterError(f"no row has a label {condition.label!r}{there}", f"no row has such a label{there}")
 
 
 def mask(table: pa.Table, where: Where) -> NDArray[np.bool_]:
@@ -147,12 +171,12 @@ def _column(table: pa.Table, condition: Condition) -> Any:
         labels = table["labels"]
         known = sorted({name for chunk in labels.chunks for name in pc.unique(chunk.keys).to_pylist()})
         if condition.label not in known:
-            raise UserError(f"filter: no row has a label {condition.label!r}; there are {', '.join(known) or 'none'}")
+            raise refuse_label(condition, known)
         values = [pc.map_lookup(chunk, condition.label, "first") for chunk in labels.chunks]
         return pa.chunked_array(values, pa.int8())
     if condition.column not in table.column_names or pa.types.is_nested(table.schema.field(condition.column).type):
         names = [name for name in table.column_names if not pa.types.is_nested(table.schema.field(name).type)]
-        raise UserError(f"filter: no column {condition.column!r}; there are {', '.join(names)} and labels.NAME")
+        raise refuse_column(condition, names)
     return table[condition.column]
 
 

@@ -90,6 +90,10 @@ def joined(folders: Sequence[Embeddings], modality: str) -> Vectors:
     for folder in folders[1:]:
         if folder.manifest["bundle"] != folders[0].manifest["bundle"]:
             raise UserError(f"embeddings: {folder.folder} is of another bundle than {folders[0].folder}: embed again")
+    if len(folders) > 1:
+        digests = [digest for folder in folders for digest in folder.digests(modality)]
+        if len(set(digests)) < len(digests):
+            raise UserError("embeddings: two of the folders hold the same shard: name each once, or all is found twice")
     several: list[Files] = [folder.vectors(modality) for folder in folders]
     for folder, vectors in zip(folders, several, strict=True):
         if vectors.dim != several[0].dim:

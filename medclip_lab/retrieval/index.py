@@ -12,6 +12,7 @@ import numpy as np
 from medclip_lab.errors import UserError
 from medclip_lab.retrieval.build import Folders, strictest
 from medclip_lab.retrieval.embeddings import Floats, Rows
+from medclip_lab.retrieval.fields import Field, fields_of
 from medclip_lab.retrieval.filters import Where, mask
 from medclip_lab.retrieval.gallery import Groups
 from medclip_lab.retrieval.parameters import Parameters
@@ -145,6 +146,10 @@ class Index(Store):
             UserError: there is no such id.
         """
         return [self.row(self._place(number), text) for number in ids]
+
+    def fields(self) -> list[Field]:
+        """As `Store.fields`; of the rows as they were indexed, those that were removed since included."""
+        return fields_of(self._textless)
 
     def add(self, embeddings: Folders) -> dict[str, Any]:
         """Add embeddings to the folder: see `update.add_to_index`. This object goes on with what it opened."""

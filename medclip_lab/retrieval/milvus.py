@@ -18,6 +18,7 @@ from medclip_lab.errors import UserError
 from medclip_lab.progress import track
 from medclip_lab.retrieval.build import Folders, open_all
 from medclip_lab.retrieval.embeddings import MODALITIES, Embeddings, Floats, Rows
+from medclip_lab.retrieval.fields import Field, fields_of_rows
 from medclip_lab.retrieval.filters import (
     NAMES,
     ORDER,
@@ -26,7 +27,9 @@ from medclip_lab.retrieval.filters import (
     kind_of,
     quantities,
     quantity,
+    refuse_column,
     refuse_kind,
+    refuse_label,
     whole,
 )
 from medclip_lab.retrieval.gallery import joined
@@ -208,6 +211,10 @@ class MilvusIndex(Store):
         found = self._get(ids, [name for name in self.columns if text or name != "text"])
         return [{name: row.get(name) for name in row} | {"labels": dict(row.get("labels") or {})} for row in found]
 
+    def fields(self) -> list[Field]:
+        """As `Store.fields`, by the first rows: Milvus cannot say what values a column has."""
+        return fields_of_rows(self._query("id >= 0", [name for name in self.columns if name != "text"], BATCH))
+
     def add(self, embeddings: Folders) -> dict[str, Any]:
         """Add embeddings; what was added goes again if it does not end. Ids go on after the largest.
 
@@ -246,8 +253,7 @@ class MilvusIndex(Store):
             return self._label(condition)
         name = condition.column
         if name not in self.columns or name == "labels":
-            known = ", ".join(column for column in self.columns if column != "labels")
-            raise UserError(f"filter: no column {name!r}; there are {known} and labels.NAME")
+            raise refuse_column(condition, [column for column in self.columns if column != "labels"])
         sign = _SIGNS.get(condition.operator)
         if name in self._text:
             if condition.operator in ORDER:
@@ -271,7 +277,7 @@ class MilvusIndex(Store):
         compare = table.get(condition.operator, operator.eq)
         name = quoted(str(condition.label))
         if not self._query(_any(name, (-1, 0, 1)), ["id"], 1):
-            raise UserError(f"filter: no row has a label {condition.label!r}")
+            raise refuse_label(condition, None)
         return _any(name, [has for has in (-1, 0, 1) if any(compare(has, value) for value in values)])
 
     def _query(self, condition: str, fields: list[str], limit: int | None = None) -> list[dict[str, Any]]:

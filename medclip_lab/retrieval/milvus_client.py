@@ -6,6 +6,11 @@ import os
 from typing import Any
 
 from medclip_lab.errors import UserError
+from medclip_lab.retrieval.filters import FilterError
+
+
+class AwayError(UserError):
+    """Milvus does not answer, or refuses what is no mistake of who asks."""
 
 
 def quoted(text: str) -> str:
@@ -15,7 +20,8 @@ def quoted(text: str) -> str:
         UserError: a control character that Milvus has no way to write.
     """
     if any(ord(character) < 32 and character not in "\n\r\t" for character in text):
-        raise UserError("filter: a value holds control characters, which Milvus does not take")
+        told = "a value holds control characters, which Milvus does not take"
+        raise FilterError(told, told)
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -44,7 +50,7 @@ def connect(uri: str) -> Any:
     try:
         return pymilvus.MilvusClient(uri, token=os.environ.get("MILVUS_TOKEN", ""), timeout=30)
     except pymilvus.MilvusException as error:
-        raise UserError(f"index: Milvus does not answer at {uri}: {_first_line(error)}") from None
+        raise AwayError(f"index: Milvus does not answer at {uri}: {_first_line(error)}") from None
 
 
 def ask(function: Any, *arguments: Any, **options: Any) -> Any:
@@ -56,7 +62,7 @@ def ask(function: Any, *arguments: Any, **options: Any) -> Any:
     try:
         return function(*arguments, **options)
     except pymilvus.MilvusException as error:
-        raise UserError(f"index: Milvus refuses {function.__name__}: {_first_line(error)}") from None
+        raise AwayError(f"index: Milvus refuses {function.__name__}: {_first_line(error)}") from None
 
 
 def _first_line(error: Any) -> str:

@@ -48,3 +48,22 @@ class Ratio:
             if scores[0] >= self.ratio * score:
                 return place
         return len(scores)
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """Answers whose score is at least this, of those that another policy keeps.
+
+    A cosine: what is near depends on the model, so choose it on queries whose answers are known.
+    """
+
+    score: float
+    policy: Policy | None = None
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.score <= 1:
+            raise UserError(f"policy: a score is a cosine, between -1 and 1, got {self.score}")
+
+    def keep(self, scores: Sequence[float]) -> int:
+        near = sum(1 for score in scores if score >= self.score)
+        return near if self.policy is None else min(near, self.policy.keep(scores))

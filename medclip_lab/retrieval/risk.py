@@ -14,7 +14,7 @@ and each loss here goes one way:
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +22,15 @@ import numpy as np
 
 from medclip_lab.errors import UserError
 from medclip_lab.files import read_json, write_json
+from medclip_lab.retrieval.chance import Chance, fit
 
-FORMAT = "medclip-lab-risk/1"
+FORMAT = "medclip-lab-risk/2"
 Risk = Literal["contradiction", "contradictions", "miss"]
 RISKS: tuple[Risk, ...] = ("contradiction", "contradictions", "miss")
-Signal = Literal["score", "ratio", "rank"]
-SIGNALS: tuple[Signal, ...] = ("score", "ratio", "rank")
+Signal = Literal["chance", "score", "ratio", "rank"]
+SIGNALS: tuple[Signal, ...] = ("chance", "score", "ratio", "rank")
+FITTED = 3
+"""One query in so many fits the model of "chance", and calibrates nothing."""
 
 
 @dataclass(frozen=True)
@@ -48,24 +51,38 @@ class Calibrated:
     risk: Risk
     alpha: float
     signal: Signal
-    """"score" cuts by cosine: for risks that low scores bring. "ratio" by score / best: many reports where none stands
-    out, against misses. "rank" is one k for all queries."""
+    """"chance" cuts by the risk so far, as a model foretells it; "score" by cosine; "ratio" by score / best. "rank" is
+    one k for all queries."""
     threshold: float
     k: int
     """Answers that were looked at; more are never kept."""
     queries: int
     """Of the calibration, one a patient."""
+    chance: Chance | None = None
+    """Of a report to do what the risk is about; for the signal of that name."""
 
     def keep(self, scores: Sequence[float]) -> int:
         """As `Policy.keep`."""
-        signals = signals_of(scores[: self.k], self.signal)
+        signals = signals_of(scores[: self.k], self.signal, self.risk, self.chance)
         if self.risk == "miss":
             return sum(1 for signal in signals if -signal <= self.threshold)
         return sum(1 for signal in signals if signal > self.threshold)
 
 
-def signals_of(scores: Sequence[float], signal: Signal) -> list[float]:
-    """What is compared with the threshold; it falls along an answer."""
+def signals_of(scores: Sequence[float], signal: Signal, risk: Risk, chance: Chance | None = None) -> list[float]:
+    """What is compared with the threshold; it falls along an answer.
+
+    Of "chance" it is, against contradictions, how probably none of the reports up to this one contradicts. Against
+    misses it is how probably this one is the first that supports: what is gained by it, which for the hard queries may
+    be as little as for those that have their support.
+    """
+    if signal == "chance":
+        assert chance is not None
+        chances = chance.of(scores)
+        none_yet = np.cumprod(1 - chances)
+        if risk != "miss":
+            return [float(value) for value in none_yet]
+        return [float(value) for value in np.minimum.accumulate(chances * none_yet / (1 - chances))]
     if signal == "rank":
         return [-float(place) for place in range(1, len(scores) + 1)]
     if signal == "score" or not scores:
@@ -99,28 +116,38 @@ def calibrate(answers: Sequence[Answered], risk: Risk, alpha: float, signal: Sig
         raise UserError(f"calibrate: alpha must lie between 0 and 1, got {alpha}")
     if k < 1:
         raise UserError(f"calibrate: k must be at least 1, got {k}")
+    model = None
+    if signal == "chance":
+        fitting = answers[::FITTED]
+        having = [(given.supports if risk == "miss" else given.contradicts)[:k] for given in fitting]
+        model = fit([given.scores[:k] for given in fitting], having)
+        answers = [given for place, given in enumerate(answers) if place % FITTED]
     count = len(answers)
     budget = alpha * (count + 1) - 1
     if budget < 0:
+        rest = f" beside the {len(fitting)} that fit a model" if model is not None else ""
         raise UserError(
             f"calibrate: {count} queries are too few for alpha {alpha}: at least {math.ceil(1 / alpha) - 1} are needed"
+            f"{rest}"
         )
-    threshold = _smallest(*_steps(answers, risk, signal, k), budget)
+    signals = [signals_of(given.scores[:k], signal, risk, model) for given in answers]
+    threshold = _smallest(*_steps(answers, signals, risk, k), budget)
     if threshold == math.inf:
         missed = sum(not any(given.supports[:k]) for given in answers) / count
         raise UserError(
             f"calibrate: {missed:.1%} of the queries have no supporting report among {k}, more than alpha {alpha} "
             "allows: raise k or alpha"
         )
-    return Calibrated(risk, alpha, signal, threshold, k, count)
+    return Calibrated(risk, alpha, signal, threshold, k, count, model)
 
 
-def _steps(answers: Sequence[Answered], risk: Risk, signal: Signal, k: int) -> tuple[list[float], list[float]]:
+def _steps(
+    answers: Sequence[Answered], signals_of_each: Sequence[Sequence[float]], risk: Risk, k: int
+) -> tuple[list[float], list[float]]:
     """Values of lambda at which the sum of all losses falls, and by how much."""
     places: list[float] = []
     heights: list[float] = []
-    for given in answers:
-        signals = signals_of(given.scores[:k], signal)
+    for given, signals in zip(answers, signals_of_each, strict=True):
         if risk == "miss":
             right = [value for value, supports in zip(signals, given.supports, strict=False) if supports]
             places.append(-right[0] if right else math.inf)
@@ -155,11 +182,56 @@ def load_calibration(path: Path, vectors: str | None = None, asked: Mapping[str,
 
     Args:
         vectors: what the index at hand says of its vectors; a calibration holds for those it was made with.
-        asked: how it is asked at hand, of "where", "modality", "labels", "other_patients" (see `rag.Ask`) whatever is
-            known: answers of another kind have another risk; and "k", which against misses must not be smaller.
+        asked: how it is asked at hand: see `Calibration.against`.
 
     Raises:
         UserError: no such file or format, another index, other answers than it was made with.
+    """
+    found = read_calibration(path)
+    if vectors is not None and found.vectors != vectors:
+        raise UserError(f"calibration: {path} was made with another index: calibrate again with this one")
+    for held, wanted in found.against(asked or {}):
+        why = ": calibrate again, or ask as it was"
+        if held.startswith("-k"):
+            miss = found.policy.risk == "miss"
+            why = ": fewer reports miss more often" if miss else ": the scores of fewer reports tell other chances"
+        raise UserError(f"calibration: {path} holds for {held}, not for {wanted}{why}")
+    return found.policy
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A policy with what it holds for."""
+
+    policy: Calibrated
+    vectors: str
+    """What the index it was made with says of its vectors."""
+    asked: Mapping[str, Any]
+    """How it was asked: "where", "modality", "labels", "other_patients" (see `rag.Ask`)."""
+
+    def against(self, asked: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """(what it holds for, what is asked) in words, of all that differs: answers of another kind have another risk.
+
+        Args:
+            asked: of what `asked` has whatever is known; and "k", which against misses must not be smaller, nor where
+                chances are told by the scores of a whole answer.
+        """
+        pairs = [(_told(name, self.asked[name]), _told(name, asked[name])) for name in ASKED if name in asked]
+        differ = [(held, wanted) for held, wanted in pairs if held != wanted]
+        whole = self.policy.risk == "miss" or self.policy.signal == "chance"
+        if whole and asked.get("k", self.policy.k) < self.policy.k:
+            differ.append((f"-k {self.policy.k} or more", str(asked["k"])))
+        return differ
+
+    def told(self) -> str:
+        """How to ask, in words."""
+        return ", ".join(_told(name, self.asked[name]) for name in ASKED)
+
+
+def read_calibration(path: Path) -> Calibration:
+    """
+    Raises:
+        UserError: no such file or format.
     """
     value = read_json(path, "calibration")
     if value.get("format") != FORMAT:
@@ -167,27 +239,32 @@ def load_calibration(path: Path, vectors: str | None = None, asked: Mapping[str,
             f"calibration: {path} has format {value.get('format')!r}, not {FORMAT!r}, which rag calibrate writes: "
             "calibrate again"
         )
-    asked = dict(asked or {})
     try:
         threshold = -math.inf if value["threshold"] is None else float(value["threshold"])
         risk, signal = RISKS[RISKS.index(value["risk"])], SIGNALS[SIGNALS.index(value["signal"])]
-        made = Calibrated(risk, float(value["alpha"]), signal, threshold, int(value["k"]), int(value["queries"]))
-        told = {name: (_told(name, value[name]), _told(name, asked[name])) for name in ASKED if name in asked}
-        of_vectors = str(value["vectors"])
+        model = None if value["chance"] is None else Chance(*(_floats(value["chance"][name]) for name in CHANCE))
+        if (model is None) == (signal == "chance"):
+            raise ValueError("a model belongs to chance, and to it alone")
+        if (
+            not 0 < float(value["alpha"]) < 1
+            or int(value["k"]) < 1
+            or int(value["queries"]) < 1
+            or math.isnan(threshold)
+        ):
+            raise ValueError("no calibration writes that")
+        made = Calibrated(risk, float(value["alpha"]), signal, threshold, int(value["k"]), int(value["queries"]), model)
+        found = Calibration(made, str(value["vectors"]), {name: value[name] for name in ASKED})
+        found.told()
     except (KeyError, TypeError, ValueError):
         raise UserError(f"calibration: {path} is damaged: calibrate again") from None
-    if vectors is not None and of_vectors != vectors:
-        raise UserError(f"calibration: {path} was made with another index: calibrate again with this one")
-    for held, wanted in told.values():
-        if held != wanted:
-            raise UserError(
-                f"calibration: {path} holds for {held}, not for {wanted}: calibrate again, or ask as it was"
-            )
-    if risk == "miss" and asked.get("k", made.k) < made.k:
-        raise UserError(
-            f"calibration: {path} holds for -k {made.k} or more, not for {asked['k']}: fewer reports miss more often"
-        )
-    return made
+    return found
+
+
+CHANCE = tuple(field.name for field in fields(Chance))
+
+
+def _floats(values: Sequence[Any]) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
 
 
 ASKED = ("where", "modality", "labels", "other_patients")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from medclip_lab.errors import UserError
 from medclip_lab.retrieval.build import Folders
 from medclip_lab.retrieval.embeddings import Floats, Rows, check_unit
+from medclip_lab.retrieval.fields import Field
 from medclip_lab.retrieval.filters import Condition, Where, conditions
 from medclip_lab.retrieval.parameters import Parameters
 from medclip_lab.retrieval.policies import Policy
@@ -59,6 +60,10 @@ class Store(Protocol):
 
     def rows(self, ids: Sequence[int], text: bool = False) -> list[dict[str, Any]]:
         """What is known of some rows; report text only if asked for."""
+        ...
+
+    def fields(self) -> list[Field]:
+        """What conditions it can be asked with."""
         ...
 
     def add(self, embeddings: Folders) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from medclip_lab.errors import UserError
 from medclip_lab.files import existing_folder, read_json, sha256, write_json
 from medclip_lab.retrieval.embeddings import check_file
 from medclip_lab.retrieval.families import import_faiss
+from medclip_lab.retrieval.parameters import Parameters
 
 FORMAT = "medclip-lab-index/2"
 FORMATS = ("medclip-lab-index/1", FORMAT)
@@ -196,14 +198,30 @@ def _manifest(folder: Path, bundle: str | None) -> dict[str, Any]:
         raise UserError(
             f"index: {folder / MANIFEST} has format {manifest.get('format')!r}, not {FORMAT!r}: index again"
         )
-    if not set(ROLES) <= set(manifest.get("files", ())):
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not set(ROLES) <= set(files):
         raise UserError(f"index: {folder / MANIFEST} names no files: index again")
+    types = {"name": str, "bytes": int, "sha256": str}
+    whole = all(_holds(entry, types) for entry in files.values())
+    known = {field.name for field in fields(Parameters)}
+    given = manifest.get("parameters")
+    whole = whole and isinstance(given, dict) and all(_are_settings(of_one, known) for of_one in given.values())
+    if not whole or not _holds(manifest, {"bundle": str, "dim": int}):
+        raise UserError(f"index: {folder / MANIFEST} is damaged: index again")
     if bundle is not None and manifest["bundle"] != bundle:
         raise UserError(
             f"index: {folder} was built with bundle {manifest['bundle'][:12]}, not with {bundle[:12]}: "
             "embed and index again with this bundle"
         )
     return manifest
+
+
+def _holds(value: Any, types: dict[str, type]) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in types.items())
+
+
+def _are_settings(value: Any, known: set[str]) -> bool:
+    return isinstance(value, dict) and set(value) <= known and all(type(number) is int for number in value.values())
 
 
 def read_faiss(path: Path, size: int, manifest: dict[str, Any]) -> Any:

@@ -16,6 +16,8 @@ MARGIN = 3.0
 """Standard errors by which the tuned recall must lie above the target, so that fresh queries meet it too."""
 GENEROUS = 64
 """Candidates reranked for each answer while lists or a graph are set, unless even all of those are not enough."""
+EXACT_FACTOR = 16
+"""Candidates reranked for each answer of a kind that reads all codes of 8 bits: many more than their error needs."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class Tuned:
     """Seconds a query, alone and in batches."""
 
 
-def tune(index: Any, queries: Queries, vectors: Vectors, size: int, target: float, margin: float) -> Tuned:
+def tune(
+    index: Any, queries: Queries, vectors: Vectors, size: int, target: float, margin: float, exact: bool = False
+) -> Tuned:
     """Search parameters for one direction.
 
     Recall is taken to grow with each setting. First the lists or the graph are set with everything reranked that may
@@ -44,6 +48,7 @@ def tune(index: Any, queries: Queries, vectors: Vectors, size: int, target: floa
     Args:
         vectors: the rows the index holds, by its own numbers.
         margin: standard errors by which the tuning third has to pass the target.
+        exact: a kind that reads everything: nothing is tuned, `EXACT_FACTOR` is reranked.
     """
     steps = ladders(index, size, queries.k)
     tuning = queries.part(0)
@@ -58,18 +63,20 @@ def tune(index: Any, queries: Queries, vectors: Vectors, size: int, target: floa
         found = asked(parameters)
         return found.recall - margin * found.error >= target
 
-    chosen = _cheapest(steps, enough, asked)
+    chosen = _generous(steps, EXACT_FACTOR)[0] if exact else _cheapest(steps, enough, asked)
     confirmed = measure(index, queries, queries.part(1), chosen, vectors)
     while confirmed.recall < target and (more := _more(chosen, steps)) != chosen:
         chosen = more
         confirmed = measure(index, queries, queries.part(1), chosen, vectors)
     found = asked(chosen)
+    # What is tuned passed by the margin, or is as thorough as can be; where nothing is tuned, luck is not enough.
+    sure = found.recall - (margin * found.error if exact else 0.0)
     return Tuned(
         chosen,
         found.recall,
         confirmed.recall,
         measure(index, queries, queries.part(2), chosen, vectors).recall,
-        found.recall >= target and confirmed.recall >= target,
+        sure >= target and confirmed.recall >= target,
         single_seconds(index, queries, chosen),
         confirmed.seconds,
     )
@@ -79,14 +86,11 @@ def _cheapest(
     steps: dict[str, list[int]], enough: Callable[[Parameters], bool], asked: Callable[[Parameters], Measured]
 ) -> Parameters:
     """The quickest parameters that are enough, or the most thorough if none is."""
-    most = Parameters(**{name: values[-1] for name, values in steps.items()})
+    *_, most = generous = _generous(steps, GENEROUS)
     wide = next((name for name in ("nprobe", "ef_search") if name in steps), None)
     factors = steps.get("k_factor", [])
-    generous = (
-        [replace(most, k_factor=factor) for factor in {min(GENEROUS, factors[-1]), factors[-1]}] if factors else []
-    )
     candidates: list[Parameters] = []
-    for start in sorted(generous, key=lambda given: given.k_factor or 0) or [most]:
+    for start in generous:
         if wide is None:
             candidates = [start]
         else:
@@ -101,6 +105,13 @@ def _cheapest(
             replace(start, k_factor=factors[_first(factors, _with(start, "k_factor", enough))]) for start in candidates
         ]
     return min(candidates, key=lambda parameters: asked(parameters).seconds)
+
+
+def _generous(steps: dict[str, list[int]], factor: int) -> list[Parameters]:
+    """Everything read, `factor` candidates reranked; then as many as may be."""
+    most = Parameters(**{name: values[-1] for name, values in steps.items()})
+    factors = steps.get("k_factor", [])
+    return [replace(most, k_factor=factor), most] if factors and factors[-1] > factor else [most]
 
 
 def _with(start: Parameters, name: str, enough: Callable[[Parameters], bool]) -> Callable[[int], bool]:

@@ -123,10 +123,10 @@ def test_the_quickest_exact_kind_that_reaches_the_target(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choose, "PLAIN_VALUES", 0)
-    milliseconds = {"IndexFlatIP": 3.0, "IndexFlat": 3.0, 8: 1.0, 16: 2.0}
+    milliseconds = {"IndexFlatIP": 3.0, "IndexFlat": 3.0, 8: 1.0, 16: 2.0, "IndexRefine": 4.0}
 
     def single(index: Any, *_: Any) -> float:
-        kind = type(index).__name__
+        kind = type(faiss.downcast_index(index)).__name__
         return milliseconds[kind if kind in milliseconds else 8 if index.code_size == 24 else 16]
 
     monkeypatch.setattr(tune, "single_seconds", single)
@@ -139,8 +139,14 @@ def test_the_quickest_exact_kind_that_reaches_the_target(
         "Flat": "slower",
         "SQfp16": "chosen",
         "SQ8": "below the target",
+        "SQ8,Refine(Flat)": "slower",
     }
-    milliseconds |= {8: 2.9, 16: 2.8}  # too little gained for the bits that are lost
+    milliseconds |= {"IndexRefine": 1.1}
+    whole = build_index(made, tmp_path / "whole", goals=Goals(target_recall=1), say=quiet)
+    assert whole["factory"] == "SQ8,Refine(Flat)"
+    assert {name: found["held_out"] for name, found in whole["recall"].items()} == {"image": 1.0, "text": 1.0}
+    assert whole["parameters"]["text"] == {"k_factor": 16}
+    milliseconds |= {"IndexRefine": 4.0, 8: 2.9, 16: 2.8}  # too little gained for the bits that are lost
     near = build_index(made, tmp_path / "near", goals=Goals(target_recall=0.9), say=quiet)
     assert near["factory"] == "Flat"
 
@@ -162,7 +168,7 @@ def test_what_does_not_fit_is_not_built(
     assert manifest["factory"] == "SQ8"
     verdicts = {trial["factory"]: trial["verdict"] for trial in manifest["tried"]}
     assert set(verdicts.values()) == {"chosen", "more than max-memory"}
-    with pytest.raises(UserError, match=r"nothing within .* reached 1 at 10 \(best: SQ8 .*raise max-memory to"):
+    with pytest.raises(UserError, match=r"nothing within .* surely reached 1 at 10 \(best: SQ8 .*raise max-memory to"):
         build_index(made, tmp_path / "j", goals=Goals(target_recall=1.0), say=quiet)
     assert not (tmp_path / "j").exists()
 
@@ -261,6 +267,8 @@ def test_several_folders_are_one_corpus(corpus: Corpus, made: Path, tmp_path: Pa
     assert manifest["size"] == 950
     hits = open_index(tmp_path / "i").search(vectors_of(other, "image"), 1)
     assert [hit[0].id for hit in hits] == list(range(900, 950))
+    with pytest.raises(UserError, match="two of the folders hold the same shard: name each once"):
+        build_index([made, other, made], tmp_path / "j", say=quiet)
     narrow = replace(corpus, dim=8, size=50).write(tmp_path / "narrow")
     with pytest.raises(UserError, match="narrow has 8 dimensions, not 24"):
         build_index([made, narrow], tmp_path / "j", say=quiet)

@@ -1,10 +1,13 @@
 """Shards to embeddings: the same bytes whatever interrupts, whoever helps and whatever is broken."""
 
 import json
+import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from medclip_lab.retrieval.embeddings import Embeddings
 from medclip_lab.retrieval.parts import EmbedConfig, text_key, texts_of
 from tests.conftest import toy_samples
 
+KILLS = int(os.environ.get("MEDCLIP_LAB_KILLS", "4"))
 TEXT = EmbedConfig(include_text=True)
 
 
@@ -120,6 +124,62 @@ module.embed(encoder, {str(toy_shards.folder)!r}, {str(tmp_path / "e")!r}, None,
     assert len(list((tmp_path / "e").glob("*/shard.json"))) == 1
     embed(encoder, toy_shards.folder, tmp_path / "e", config=EmbedConfig(batch_size=5))
     assert contents(tmp_path / "e") == contents(whole)
+
+
+WORK = """
+import os, sys
+from medclip_lab.inference.encoder import load
+from medclip_lab.retrieval.embed import embed
+from medclip_lab.retrieval.parts import EmbedConfig
+bundle, shards, out, workers = sys.argv[1:]
+encoder = load(bundle, "cpu")
+print("begin", flush=True)
+embed(encoder, shards, out, None, EmbedConfig(batch_size=2), workers=int(workers))
+os._exit(0)  # kills are to fall into the work, not into the seconds in which libraries are put away
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(toy_bundle: Path, tmp_path: Path) -> None:
+    """Processes of their own, SIGKILL after a time drawn by lot, with and without loader processes."""
+    samples = list(toy_samples(240))
+    for sample in samples:
+        sample.split = "test"
+    shards = write_shards(iter(samples), tmp_path / "shards", "toy", samples_per_shard=12).folder
+    given = [sys.executable, "-c", WORK, str(toy_bundle), str(shards)]
+
+    def begun(out: Path, workers: int) -> "subprocess.Popen[bytes]":
+        run = [*given, str(out), str(workers)]
+        process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begin\n"
+        return process
+
+    process, start = begun(tmp_path / "whole", 0), time.monotonic()
+    assert process.wait() == 0
+    expected, longest = contents(tmp_path / "whole"), time.monotonic() - start
+    seed = int(os.environ.get("MEDCLIP_LAB_SEED", random.SystemRandom().randrange(10**6)))
+    print(f"MEDCLIP_LAB_SEED={seed}")
+    chance, killed, finished, out = random.Random(seed), 0, 0, tmp_path / "killed"
+    while killed < KILLS:
+        process, wait = begun(out, killed % 2), chance.uniform(0, longest / 3)
+        try:
+            process.wait(wait)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        told = process.communicate()[1].decode()
+        done = len(list(out.glob("*/shard.json")))
+        print(f"{wait:.3f} s: {process.returncode}, {done} of 20 shards")
+        if process.returncode == -signal.SIGKILL:
+            killed += 1
+            continue
+        assert process.returncode == 0, told
+        assert contents(out) == expected
+        finished += 1
+        shutil.rmtree(out)  # and from the beginning
+    assert begun(out, 0).wait() == 0
+    assert contents(out) == expected
+    print(f"{killed} kills, {finished} runs that were done before")
 
 
 def test_any_number_of_processes_gives_the_same_bytes(

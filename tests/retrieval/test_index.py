@@ -105,6 +105,29 @@ def test_a_changed_index_is_refused_before_anything_reads_it(
         open_index(small)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": dict.fromkeys(("vectors", "rows", "starts", "members"))},
+        {"bundle": None},
+        {"dim": "24"},
+        {"parameters": {"image": {"depth": 3}}},
+        {"parameters": None},
+    ],
+)
+def test_a_manifest_that_somebody_wrote_in_is_damaged(small: Path, changes: dict[str, object]) -> None:
+    manifest = json.loads((small / "manifest.json").read_text())
+    (small / "manifest.json").write_text(json.dumps(manifest | changes))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged: index again"):
+        open_index(small, "0" * 64)
+
+
+def test_a_manifest_that_is_a_pointer_of_git_lfs_is_named(small: Path) -> None:
+    (small / "manifest.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(UserError, match=r"manifest\.json is a pointer of Git LFS, not the file itself"):
+        open_index(small)
+
+
 def test_a_pointer_of_git_lfs_is_named(small: Path) -> None:
     file_of(small, "vectors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
     with pytest.raises(UserError, match="is a pointer of Git LFS, not the file itself: run git lfs pull"):
@@ -194,6 +217,19 @@ def test_parts_that_do_not_belong_together(small: Path, tmp_path: Path) -> None:
         open_index(whole)
     edited(whole, files={})
     with pytest.raises(UserError, match="names no files"):
+        open_index(whole)
+    for files in (3, None, "x"):
+        edited(whole, files=files)
+        with pytest.raises(UserError, match="names no files"):
+            open_index(whole)
+    damaged: list[Any] = [3, [1], {"image": 3}, {"image": None}, {"image": "nprobe"}, {"image": {"nprobe": "4"}}]
+    edited(whole, files=manifest["files"])
+    for parameters in damaged:
+        edited(whole, parameters=parameters)
+        with pytest.raises(UserError, match="is damaged: index again"):
+            open_index(whole)
+    edited(whole, parameters={}, files=manifest["files"] | {"rows": manifest["files"]["rows"] | {"bytes": None}})
+    with pytest.raises(UserError, match="is damaged: index again"):
         open_index(whole)
     edited(whole, format="medclip-lab-index/1")
     with pytest.raises(UserError, match="has format 'medclip-lab-index/1'"):

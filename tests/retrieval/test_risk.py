@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medclip_lab.bench.risk import curve, equal_k, over_splits
 from medclip_lab.errors import UserError
 from medclip_lab.retrieval.policies import FixedK, Ratio
 from medclip_lab.retrieval.risk import (
@@ -103,7 +104,9 @@ def test_at_equal_risk_of_a_miss_fewer_reports_than_a_fixed_k() -> None:
     held, asked = two_kinds(2000, seed=3), two_kinds(2000, seed=4)
     calibrated = calibrate(held, "miss", 0.1, "ratio", K)
     risk, kept = of(asked, calibrated)
-    assert abs(risk - 0.1) < 0.03
+    by_chance = of(asked, calibrate(held, "miss", 0.1, "chance", K))
+    assert max(abs(risk - 0.1), abs(by_chance[0] - 0.1)) < 0.03
+    assert by_chance[1] < 1.05 * kept
     fixed = next(k for k in range(1, K + 1) if np.mean([loss(a, k, "miss", K) for a in asked]) <= risk)
     assert kept < 0.75 * fixed
     assert kept < 0.75 * of(asked, calibrate(held, "miss", 0.1, "rank", K))[1]
@@ -112,12 +115,51 @@ def test_at_equal_risk_of_a_miss_fewer_reports_than_a_fixed_k() -> None:
 def test_at_equal_risk_of_a_contradiction_more_reports_than_a_fixed_k() -> None:
     """Fewer reports cannot be had at the same risk where each can only do harm; more of them can."""
     held, asked = draw(3000, seed=5), draw(3000, seed=6)
-    by_score, by_rank = (calibrate(held, "contradiction", 0.3, signal, K) for signal in ("score", "rank"))
-    (score_risk, score_k), (rank_risk, rank_k) = of(asked, by_score), of(asked, by_rank)
-    assert max(score_risk, rank_risk) < 0.33
-    assert score_k > 1.3 * rank_k
-    as_many = max(1, round(score_k))
-    assert np.mean([loss(found, as_many, "contradiction", K) for found in asked]) > 1.2 * score_risk
+    rank_risk, rank_k = of(asked, calibrate(held, "contradiction", 0.3, "rank", K))
+    signals: tuple[Signal, ...] = ("score", "chance")
+    for signal in signals:
+        risk, kept = of(asked, calibrate(held, "contradiction", 0.3, signal, K))
+        assert max(risk, rank_risk) < 0.33
+        assert kept > 1.3 * rank_k
+        as_many = max(1, round(kept))
+        assert np.mean([loss(found, as_many, "contradiction", K) for found in asked]) > 1.2 * risk
+
+
+@pytest.mark.parametrize("informative", [True, False])
+def test_over_splits_a_fixed_k_of_the_same_risk_is_never_much_better(informative: bool) -> None:
+    """Fewer reports against misses, more where each can only do harm: and no worse where scores say nothing at all."""
+    harm = draw(800, seed=7, informative=informative)
+    help_ = two_kinds(800, seed=7) if informative else harm
+    cases: tuple[tuple[list[Answered], Risk, float], ...] = (
+        (harm, "contradiction", 0.3), (harm, "contradictions", 0.05), (help_, "miss", 0.1 if informative else 0.45),
+    )  # fmt: skip
+    for pool, risk, alpha in cases:
+        run = over_splits(pool, risk, "chance", alpha, 12, K)
+        gained = run["mean_kept"] / run["fixed_k_of_equal_risk"]
+        gained = 1 / gained if risk == "miss" else gained
+        assert gained > (1.15 if informative else 0.95), run
+
+
+def test_fewer_reports_at_the_same_contradictions_would_be_the_worse_policy() -> None:
+    """A k drawn by lot, whatever the scores, keeps more than the fixed k of its risk: the curve is concave (Jensen).
+
+    And of misses, whose curve is convex, it keeps more too: there it is the worse policy.
+    """
+    pool, rng = draw(3000, seed=8, informative=False), np.random.default_rng(9)
+    both: tuple[Risk, ...] = ("contradiction", "miss")
+    for risk in both:
+        risks = curve(pool, risk, K)
+        bends = np.diff(risks, 2) if risk == "miss" else -np.diff(risks, 2)
+        assert bends.min() > -0.01
+        sizes = rng.integers(0, K + 1, len(pool))
+        lost = np.mean([loss(found, size, risk, K) for found, size in zip(pool, sizes, strict=True)])
+        assert sizes.mean() > equal_k(risks, float(lost)) + 0.5
+
+
+def test_the_fixed_k_of_a_risk_is_found_on_its_curve() -> None:
+    assert equal_k(np.array([0.0, 0.2, 0.4]), 0.3) == pytest.approx(1.5)
+    assert equal_k(np.array([1.0, 0.5, 0.25]), 0.75) == pytest.approx(0.5)
+    assert equal_k(np.array([1.0, 0.5, 0.25]), 0.1) == 2
 
 
 @settings(max_examples=60, deadline=None)
@@ -134,12 +176,17 @@ def test_the_threshold_is_the_infimum(seed: int, count: int, risk: Risk, signal:
         assert risk == "miss"
         return
 
+    if signal == "chance":  # every third query fitted its model
+        answers = [found for place, found in enumerate(answers) if place % 3]
+        count = len(answers)
+
     def corrected(value: float) -> float:
-        policy = Calibrated(risk, alpha, signal, value, K, count)
+        policy = replace(calibrated, threshold=value)
         return count / (count + 1) * of(answers, policy)[0] + 1 / (count + 1)
 
     sign = -1 if risk == "miss" else 1
-    places = sorted({sign * value for found in answers for value in signals_of(found.scores, signal)})
+    of_each = (signals_of(found.scores, signal, risk, calibrated.chance) for found in answers)
+    places = sorted({sign * value for signals in of_each for value in signals})
     assert corrected(calibrated.threshold) <= alpha + 1e-9
     lower = [place for place in places if place < calibrated.threshold]
     if lower and calibrated.threshold > -math.inf:
@@ -211,6 +258,11 @@ def test_a_calibration_is_of_its_index_and_of_how_it_was_asked(tmp_path: Path) -
     path.write_text(json.dumps(value | {"risk": "x"}))
     with pytest.raises(UserError, match="is damaged"):
         load_calibration(path, "abc", ASKED)
+    wrong = ({"signal": "chance"}, {"chance": {"means": [0.0]}}, {"alpha": 7}, {"alpha": 0}, {"k": 0}, {"queries": -1})
+    for broken in (*wrong, {"threshold": "nan"}):
+        path.write_text(json.dumps(value | broken))
+        with pytest.raises(UserError, match="is damaged"):
+            load_calibration(path, "abc", ASKED)
     for name in value.keys() - {"format", "measured"}:
         path.write_text(json.dumps({key: value[key] for key in value if key != name}))
         with pytest.raises(UserError, match="is damaged"):
@@ -218,6 +270,19 @@ def test_a_calibration_is_of_its_index_and_of_how_it_was_asked(tmp_path: Path) -
     path.write_text(json.dumps(value | {"format": "medclip-lab-calibration/1"}))  # of a bundle
     with pytest.raises(UserError, match="format 'medclip-lab-calibration/1'"):
         load_calibration(path, "abc", ASKED)
+
+
+def test_a_model_of_chances_is_kept_to_the_bit(tmp_path: Path) -> None:
+    answers = draw(60, seed=10)
+    made = calibrate(answers, "contradiction", 0.3, "chance", K)
+    assert made.queries == 40
+    save_calibration(tmp_path / "c.json", made, {"vectors": "abc", **ASKED})
+    assert load_calibration(tmp_path / "c.json", "abc", ASKED) == made
+    nothing = calibrate([Answered([0.5, 0.4], [False, False], [True, True])] * 60, "contradiction", 0.1, "chance", 2)
+    assert nothing.keep([0.9, 0.1]) == 2
+    assert nothing.keep([]) == 0
+    with pytest.raises(UserError, match=r"8 queries are too few for alpha 0.1: at least 9 are needed beside the 4"):
+        calibrate(answers[:12], "contradiction", 0.1, "chance", K)
 
 
 def test_fewer_reports_than_were_calibrated_may_miss_more_and_contradict_less(tmp_path: Path) -> None:
@@ -229,6 +294,19 @@ def test_fewer_reports_than_were_calibrated_may_miss_more_and_contradict_less(tm
     save_calibration(tmp_path / "c.json", replace(made, risk="miss"), {"vectors": "abc", **ASKED})
     with pytest.raises(UserError, match=f"holds for -k {K} or more, not for {K - 1}: fewer reports miss more often"):
         load_calibration(tmp_path / "c.json", "abc", {"k": K - 1})
+
+
+def test_chances_are_told_by_whole_answers(tmp_path: Path) -> None:
+    """Of the first reports alone the model says something else, and more may be kept: nothing is promised."""
+    held, asked = draw(3000, seed=11), draw(3000, seed=12)
+    made = calibrate(held, "contradiction", 0.1, "chance", K)
+    short = replace(made, k=2)
+    more = [found for found in asked if short.keep(found.scores) > made.keep(found.scores)]
+    assert more, "the case is worth a refusal"
+    save_calibration(tmp_path / "c.json", made, {"vectors": "abc", **ASKED})
+    with pytest.raises(UserError, match=f"holds for -k {K} or more, not for 2: the scores of fewer reports tell other"):
+        load_calibration(tmp_path / "c.json", "abc", {"k": 2})
+    assert load_calibration(tmp_path / "c.json", "abc", {"k": 2 * K}) == made
 
 
 def test_ratio_is_that_of_mmed_rag() -> None:
