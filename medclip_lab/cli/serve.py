@@ -1,6 +1,7 @@
 """The verb of the service, and of its keys."""
 
 import argparse
+import os
 from pathlib import Path
 
 from medclip_lab.cli.common import Verbs, add_verb, say
@@ -18,11 +19,25 @@ def add_serve(verbs: Verbs) -> None:
         _run_serve,
     )
     parser.add_argument("bundle", type=Path, nargs="?", help="folder of an exported bundle")
-    parser.add_argument("--index", type=Path, nargs="+", default=[], help="folders of indexes built with the bundle")
+    parser.add_argument(
+        "--index", type=Path, nargs="+", default=[], help="folders of indexes built with the bundle, or routers' files"
+    )
+    parser.add_argument("--collection", nargs="+", default=[], help="indexes that Milvus holds, at --uri")
+    parser.add_argument("--uri", default=None, help="of Milvus: a file, or http://host:19530")
+    parser.add_argument(
+        "--calibration", type=Path, nargs="+", default=[], help="what rag calibrate wrote for these indexes"
+    )
+    parser.add_argument(
+        "--thumbnails",
+        nargs="+",
+        default=[],
+        metavar="INDEX=FOLDER",
+        help="shards or images of an index, for small pictures of its cases; asking needs the scope thumbnails",
+    )
     parser.add_argument(
         "--labelset", default=None, help="what is meant where a request names none (default: the first)"
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; any other needs --keys")
+    parser.add_argument("--host", default="127.0.0.1", help="any other address needs --keys or --oidc-issuer")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--workers", type=int, default=1, help="processes, each with its own model (default: 1)")
     access = parser.add_argument_group("access")
@@ -32,10 +47,18 @@ def add_serve(verbs: Verbs) -> None:
         nargs="+",
         metavar="SCOPE",
         default=None,
-        help="add a key with these scopes (classify, search, text) to --keys, print it, and stop",
+        help="add a key with these scopes (classify, search, text, thumbnails) to --keys, print it, and stop",
     )
     access.add_argument(
         "--local-scopes", nargs="+", default=["classify", "search"], help="without --keys (default: classify search)"
+    )
+    access.add_argument("--oidc-issuer", default=None, metavar="URL", help="an identity provider whose tokens open")
+    access.add_argument("--oidc-audience", default=None, metavar="NAME", help="what the service is called there")
+    access.add_argument(
+        "--oidc-jwks", type=Path, default=None, metavar="FILE", help="the provider's public keys (default: it is asked)"
+    )
+    access.add_argument(
+        "--oidc-scope-claim", default="scope", metavar="CLAIM", help="of a token, with its scopes (default: scope)"
     )
     access.add_argument("--audit", type=Path, default=None, help="file that gets a line for every request")
     access.add_argument(
@@ -50,13 +73,21 @@ def add_serve(verbs: Verbs) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--max-batch", type=int, default=16, help="inputs through a tower at once (default: 16)")
     model.add_argument("--max-delay-ms", type=float, default=4.0, help="a batch waits for others (default: 4)")
-    model.add_argument("--decode-threads", type=int, default=None, help="(default: one a core)")
+    model.add_argument(
+        "--decode-threads", type=int, default=None, help="(default: one a core, and fewer while the model computes)"
+    )
     model.add_argument("--device", default="auto")
     model.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     model.add_argument("--compile", action="store_true", help="compile the image tower: slow to start")
+    model.add_argument(
+        "--onnx", type=Path, default=None, help="folder of `export --to onnx`: ONNX Runtime runs the towers, on the CPU"
+    )
 
 
 def _run_serve(args: argparse.Namespace) -> None:
+    # Read by GNU's OpenMP when torch comes in: threads that wait for each other spin for a moment, and not for
+    # milliseconds in which whoever decodes the next image has no core.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         from medclip_lab.serving import keys, run, settings
     except ImportError as error:
@@ -75,6 +106,10 @@ def _run_serve(args: argparse.Namespace) -> None:
         settings.Settings(
             bundle=args.bundle,
             indexes=tuple(args.index),
+            collections=tuple(args.collection),
+            uri=args.uri,
+            calibrations=tuple(args.calibration),
+            thumbnails=tuple(args.thumbnails),
             labelset=args.labelset,
             host=args.host,
             port=args.port,
@@ -91,6 +126,11 @@ def _run_serve(args: argparse.Namespace) -> None:
             device=args.device,
             precision=args.precision,
             compile=args.compile,
+            onnx=args.onnx,
+            oidc_issuer=args.oidc_issuer,
+            oidc_audience=args.oidc_audience,
+            oidc_jwks=args.oidc_jwks,
+            oidc_scope_claim=args.oidc_scope_claim,
             audit=args.audit,
             dicomweb=tuple(args.dicomweb),
         ),

@@ -145,6 +145,8 @@ class IndexOut(Answer):
     hash: str
     modality: str
     size: int
+    domain: str | None = None
+    """Of a router, which of its indexes."""
 
 
 class SearchOut(Envelope):
@@ -153,6 +155,58 @@ class SearchOut(Envelope):
     index: IndexOut
     hits: list[HitOut]
     image: ImageFacts | None = None
+
+
+class FieldOut(Answer):
+    """What a condition may be about."""
+
+    name: str
+    kind: str
+    """text, number, date or label (1 present, 0 absent, -1 uncertain)."""
+    values: list[str] | None
+    lowest: str | None
+    highest: str | None
+
+
+class CalibrationOut(Answer):
+    """A policy that keeps a risk under alpha, and how to ask for it to hold."""
+
+    name: str
+    risk: str
+    alpha: float
+    signal: str
+    k: int
+    queries: int
+    where: list[str]
+    modality: str
+    other_patients: bool
+    holds_for: str
+
+
+class OffersOut(IndexOut):
+    """All an index can be asked."""
+
+    domains: list[str]
+    text_included: bool
+    thumbnails: bool
+    fields: list[FieldOut]
+    policies: list[str]
+    calibrations: list[CalibrationOut]
+
+
+class ThumbnailOut(Answer):
+    """A JPEG in base64, or null."""
+
+    id: int
+    image: str | None
+
+
+class ThumbnailsOut(Answer):
+    """In the order of the ids."""
+
+    request_id: str
+    thumbnails: list[ThumbnailOut]
+    timings_ms: Timings
 
 
 class ExplainOut(Envelope):

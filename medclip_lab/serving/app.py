@@ -12,9 +12,10 @@ from starlette.responses import Response
 
 from medclip_lab.serving.guard import Guard
 from medclip_lab.serving.house import House
+from medclip_lab.serving.leaving import leaving
 from medclip_lab.serving.openapi import document
 from medclip_lab.serving.problems import Problem, invalid
-from medclip_lab.serving.routes import about, classify, compatible, embed, explain, page, search
+from medclip_lab.serving.routes import about, classify, compatible, embed, explain, indexes, page, search
 from medclip_lab.serving.settings import Settings
 
 SENTENCES = {404: "there is no such address: see /openapi.json", 405: "the address takes another method"}
@@ -31,17 +32,20 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         house.open()
-        yield
+        with leaving(house):
+            yield
         house.close()
 
     app = FastAPI(title="medclip-lab", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.house = house
-    for routes in (about, classify, embed, search, explain, compatible, page):
-        app.include_router(routes.router)
+    routers = [routes.router for routes in (about, classify, embed, search, indexes, explain, compatible, page)]
+    for router in routers:
+        app.include_router(router)
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_middleware(Guard, house=house)
+    paths = {str(getattr(route, "path", "")) for router in routers for route in router.routes}
+    app.add_middleware(Guard, house=house, paths=frozenset(path for path in paths if "{" not in path))
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     return app
 

@@ -33,10 +33,11 @@ class Timed(Generic[R]):
 
 
 class Batcher:
-    """Runs functions of lists, by kind, on batches of what waits; the first that came goes first.
+    """Runs functions of lists, by kind, on batches of what waits; of a kind the first that came goes first.
 
-    A batch is of one kind. It starts when it is full, when nothing else is on its way, or after `max_delay`: a request
-    that is alone waits for nobody.
+    Kinds take turns, so that nobody's image waits for all of somebody else's two thousand prompts. A batch is of one
+    kind. It starts when it is full, when nothing else is on its way, or after `max_delay`: a request that is alone
+    waits for nobody.
 
     Args:
         run: kind -> function from a list of values to as many results, one for each and independent of the others.
@@ -59,6 +60,9 @@ class Batcher:
         self._waiting: deque[_Item] = deque()
         self._change = threading.Condition()
         self._stopped = False
+        self._computing = False
+        self._last = ""
+        """Kind of the last batch."""
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
 
     def start(self) -> None:
@@ -80,6 +84,11 @@ class Batcher:
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a batch computes, or waits to."""
+        return self._computing or bool(self._waiting)
 
     async def submit(self, kind: str, value: Any, deadline: float) -> Timed[Any]:
         """The result for one value.
@@ -106,11 +115,13 @@ class Batcher:
             _fail(late, past_deadline())
             batch = [item for item in batch if item.deadline > now and not item.answer.cancelled()]
             if batch:
+                self._computing = True
                 self._compute(batch, now)
+                self._computing = False
 
     def _compute(self, batch: list[_Item], start: float) -> None:
-        self._told(batch[0].kind, len(batch))
         try:
+            self._told(batch[0].kind, len(batch))
             results = self._run[batch[0].kind]([item.value for item in batch])
             assert len(results) == len(batch)
         except Exception as error:  # of one request or of all: those who wait are told, the thread goes on
@@ -132,21 +143,24 @@ class Batcher:
                 if self._stopped:
                     return []
                 self._change.wait()
-            until = self._waiting[0].waiting_since + self._max_delay
             while not self._stopped and self._waiting:
-                kind = self._waiting[0].kind
-                ready = sum(item.kind == kind for item in self._waiting)
-                left = until - time.monotonic()
+                first = self._turn()
+                ready = sum(item.kind == first.kind for item in self._waiting)
+                left = first.waiting_since + self._max_delay - time.monotonic()
                 if ready >= self._max_batch or left <= 0 or self._coming() <= len(self._waiting):
                     break
                 self._change.wait(left)
             if self._stopped:
                 return []
-            kind = self._waiting[0].kind
-            batch = [item for item in self._waiting if item.kind == kind][: self._max_batch]
+            self._last = self._turn().kind
+            batch = [item for item in self._waiting if item.kind == self._last][: self._max_batch]
             for item in batch:
                 self._waiting.remove(item)
             return batch
+
+    def _turn(self) -> _Item:
+        """The first of another kind than the last batch's, else the first."""
+        return next((item for item in self._waiting if item.kind != self._last), self._waiting[0])
 
 
 def past_deadline() -> Problem:

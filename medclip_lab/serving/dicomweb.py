@@ -17,8 +17,8 @@ ACCEPT = 'multipart/related; type="application/dicom"; transfer-syntax=*'
 SECONDS = 20.0
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """An archive that points elsewhere is not followed: elsewhere is not on the list."""
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Who points elsewhere is not followed: elsewhere was not allowed."""
 
     def redirect_request(self, *_: Any, **__: Any) -> None:
         return None
@@ -39,7 +39,7 @@ class Archives:
         self._max_bytes = max_bytes
         self._bases: dict[str, str] = {}
         # No proxy either: what the environment names is not on the list.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirect())
         for entry in named:
             name, _, base = entry.partition("=")
             if not re.fullmatch(r"[\w-]+", name) or not re.fullmatch(r"https?://[^\s?#@]+", base):

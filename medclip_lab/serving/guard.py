@@ -1,5 +1,7 @@
 """At the door, before anything is read: host, key, size; and on the way out: headers, figures, a line in the log."""
 
+import asyncio
+import contextlib
 import time
 import uuid
 from collections.abc import Iterable
@@ -16,6 +18,8 @@ from medclip_lab.serving.settings import LOOPBACK
 OPEN = ("/", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/openapi.json", "/favicon.ico")
 """What needs no key: health, as probes have none, and what is the same for every service of this version."""
 PAGE = "/page/"
+LINGER = 2.0
+"""Seconds that the rest of a body above the limit is read, and thrown away."""
 POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 PAGE_POLICY = POLICY.replace(
     "default-src 'none'",
@@ -31,12 +35,18 @@ HEADERS = {
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
 
+RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+
 
 class Guard:
-    """ASGI middleware around the whole application."""
+    """ASGI middleware around the whole application.
 
-    def __init__(self, app: ASGIApp, house: House) -> None:
-        self.app, self.house = app, house
+    Args:
+        paths: of routes that have but one; a request for any other that was refused here has no name in a log.
+    """
+
+    def __init__(self, app: ASGIApp, house: House, paths: frozenset[str]) -> None:
+        self.app, self.house, self.paths = app, house, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,13 +61,21 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                _add_headers(MutableHeaders(scope=message), scope["path"], visit.request_id)
+                sent = MutableHeaders(scope=message)
+                _add_headers(sent, scope["path"], visit.request_id)
+                if self.house.leaving:
+                    sent["Connection"] = "close"
+            elif status == 413 and not message.get("more_body"):
+                # Who closes on unread bytes resets the connection, and the refusal is lost on its way.
+                await send({**message, "more_body": True})
+                await _read_off(receive)
+                message = {"type": "http.response.body"}
             await send(message)
 
         try:
             headers = Headers(scope=scope)
             self._check_host(headers)
-            visit.caller = self._caller(scope["path"], headers)
+            visit.caller = await self._caller(scope["path"], headers)
             await self.app(scope, self._counted(receive, headers), answer)
         except Problem as problem:
             if not status:
@@ -72,7 +90,7 @@ class Guard:
 
     def _check_host(self, headers: Headers) -> None:
         """Without keys only this machine is served, and no page of another site that a browser here has open."""
-        if self.house.keys is not None:
+        if not self.house.settings.local:
             return
         host = headers.get("host", "")
         name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
@@ -81,21 +99,23 @@ class Guard:
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             raise Problem(403, "cross-site", "pages of other sites may not use this service")
 
-    def _caller(self, path: str, headers: Headers) -> Caller:
+    async def _caller(self, path: str, headers: Headers) -> Caller:
         """Who asks.
 
         Raises:
-            Problem: 401.
+            Problem: 401; of a token also 403 and 503.
         """
-        if self.house.keys is None:
+        if self.house.settings.local:
             return Caller("local", frozenset(self.house.settings.local_scopes))
         scheme, _, token = headers.get("authorization", "").partition(" ")
         key = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")
-        caller = self.house.keys.caller(key) if key else None
+        caller = self.house.keys.caller(key) if key and self.house.keys is not None else None
         if caller is not None:
             return caller
         if path in OPEN or path.startswith(PAGE):
             return Caller("none", frozenset())
+        if key and self.house.tokens is not None and key.count(".") == 2:
+            return await self.house.tokens.caller(key)
         what = "the key is wrong or was withdrawn" if key else "no key was sent"
         raise Problem(401, "key", f"{what}: send a key as `Authorization: Bearer KEY`", {"WWW-Authenticate": "Bearer"})
 
@@ -127,11 +147,14 @@ class Guard:
         return counted
 
     def _note(self, scope: Scope, visit: Visit, status: int) -> None:
-        route = getattr(scope.get("route"), "path", None) or ("/page" if scope["path"].startswith(PAGE) else "unknown")
+        path = scope["path"]
+        refused = path if path in self.paths else "/page" if path.startswith(PAGE) else "unknown"
+        route = getattr(scope.get("route"), "path", None) or refused
         seconds = time.monotonic() - visit.started
         metrics = self.house.metrics
         metrics.requests.labels(route, str(status)).inc()
         metrics.seconds.labels(route).observe(seconds)
+        metrics.now()
         for stage in _used(visit):
             metrics.stages.labels(stage).observe(visit.stages[stage])
         facts = {"request_id": visit.request_id, "method": scope["method"], "route": route, "status": status}
@@ -139,7 +162,22 @@ class Guard:
         LOGGER.info("request", extra={"facts": facts})
         if self.house.audit is not None and scope["method"] == "POST":
             told = {name: facts[name] for name in ("request_id", "key", "route", "status", "images")}
-            self.house.audit.add(told | {"model": self.house.model.encoder.fingerprint})
+            told |= {"subject": visit.caller.subject, "index": visit.index}
+            try:
+                self.house.audit.add(told | {"model": self.house.model.encoder.fingerprint})
+            except OSError as error:
+                self.house.ready = False  # who cannot be accounted for is not served
+                LOGGER.error("audit log failed", exc_info=error)
+
+
+async def _read_off(receive: Receive) -> None:
+    """Read what a client still sends, so that it gets to reading; for LINGER, and no longer."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect" or not message.get("more_body"):
+                    return
 
 
 def _used(visit: Visit) -> Iterable[str]:
@@ -147,7 +185,6 @@ def _used(visit: Visit) -> Iterable[str]:
 
 
 def _add_headers(headers: MutableHeaders, path: str, request_id: str) -> None:
-    for name, value in HEADERS.items():
-        headers[name] = value
+    headers.raw.extend(RAW_HEADERS)
     headers["Content-Security-Policy"] = PAGE_POLICY if path == "/" or path.startswith(PAGE) else POLICY
     headers["X-Request-ID"] = request_id

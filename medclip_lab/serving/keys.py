@@ -19,6 +19,8 @@ from medclip_lab.files import atomic_file, read_json, write_json
 from medclip_lab.serving.settings import SCOPES, Scope
 
 FORMAT = "medclip-lab-keys/1"
+SHAPES = {"id": "[0-9a-f]{8}", "salt": "[0-9a-f]{32}", "hash": "[0-9a-f]{64}"}
+"""Of what an entry of a file has, beside its scopes."""
 SHAPE = re.compile(r"mcl_([0-9a-f]{8})_([A-Za-z0-9_-]{43})")
 
 
@@ -27,8 +29,10 @@ class Caller:
     """Who asks."""
 
     id: str
-    """Of the key, for logs; "local" without keys."""
+    """Of the key, for logs; "oidc" for a token; "local" where nobody is asked; "none" for who has neither."""
     scopes: frozenset[Scope]
+    subject: str | None = None
+    """Whom a token stands for, by its issuer's id; for the audit alone."""
 
 
 class Keys:
@@ -77,7 +81,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if record.get("format") != FORMAT or not isinstance(entries, list):
         raise UserError(f"keys: {path} is no file of keys: make one with `medclip-lab serve --new-key classify`")
     for entry in entries:
-        whole = isinstance(entry, dict) and set(entry) == {"id", "scopes", "salt", "hash"}
-        if not whole or not re.fullmatch(r"[0-9a-f]{32}", str(entry["salt"])) or not set(entry["scopes"]) <= {*SCOPES}:
+        whole = isinstance(entry, dict) and set(entry) == SHAPES.keys() | {"scopes"}
+        whole = whole and all(re.fullmatch(shape, str(entry[name])) for name, shape in SHAPES.items())
+        if not whole or not isinstance(entry["scopes"], list) or any(one not in SCOPES for one in entry["scopes"]):
             raise UserError(f"keys: an entry of {path} is broken: make the key again")
     return entries

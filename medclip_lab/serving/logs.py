@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+from medclip_lab.serving.lines import Behind
+
 LOGGER = logging.getLogger("medclip_lab.serving")
 
 
@@ -35,8 +37,9 @@ def places(error: BaseException) -> list[str]:
 
 def log_to(stream: TextIO = sys.stderr) -> None:
     """Send the service's and uvicorn's own lines to a stream as JSON; uvicorn's access lines, which hold paths, go."""
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonLines())
+    writer = logging.StreamHandler(stream)
+    writer.setFormatter(JsonLines())
+    handler = Behind(writer)
     for name in (LOGGER.name, "uvicorn", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler] if name != "uvicorn.error" else [], name == "uvicorn.error"
@@ -49,15 +52,19 @@ class Audit:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)  # a line is one write, so lines of several processes do not mix
         path.chmod(0o600)
         self._lock = threading.Lock()
 
     def add(self, facts: dict[str, Any]) -> None:
+        """Add a line.
+
+        Raises:
+            OSError: the disk is full or gone.
+        """
         line = json.dumps({"time": now(), **facts}, default=str)
         with self._lock:
-            self._file.write(line + "\n")
-            self._file.flush()
+            self._file.write(f"{line}\n".encode())
 
     def close(self) -> None:
         self._file.close()

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,12 @@ from torch import Tensor
 
 from medclip_lab.data.preprocess import stack
 from medclip_lab.errors import UserError
-from medclip_lab.files import digest
+from medclip_lab.inference.bundle import CARD, FORMER_CARD
 from medclip_lab.inference.encoder import load
 from medclip_lab.inference.explain import Explanation, explain
 from medclip_lab.inference.labelset import LabelSet, load_labelset
-from medclip_lab.retrieval.index import Index, open_index
+from medclip_lab.inference.onnx_towers import with_onnx
+from medclip_lab.serving.indexes import Served, open_indexes
 from medclip_lab.serving.problems import Problem
 from medclip_lab.serving.settings import Settings
 
@@ -32,15 +32,14 @@ class Model:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.encoder = load(settings.bundle, settings.device)
+        if settings.onnx is None:
+            self.encoder = load(settings.bundle, settings.device)
+        else:
+            device = "cpu" if settings.device == "auto" else settings.device
+            self.encoder = with_onnx(load(settings.bundle, device), settings.onnx)
         self.name = settings.bundle.expanduser().resolve().name
         self.preprocess = self.encoder.preprocess
-        self.indexes: dict[str, Index] = {}
-        for folder in settings.indexes:
-            name = Path(folder).expanduser().resolve().name
-            if name in self.indexes:
-                raise UserError(f"serve: two indexes are called {name!r}: rename a folder")
-            self.indexes[name] = open_index(folder, bundle_fingerprint=self.encoder.fingerprint)
+        self.indexes = open_indexes(settings, self.encoder.fingerprint)
         self.labelsets = self._labelsets()
         if settings.labelset is not None and settings.labelset not in self.labelsets:
             raise UserError(
@@ -80,7 +79,9 @@ class Model:
     @property
     def card(self) -> str:
         """The model card, Markdown."""
-        return (self.encoder.folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+        folder = self.encoder.folder
+        path = folder / CARD if (folder / CARD).exists() else folder / FORMER_CARD
+        return path.read_text(encoding="utf-8")
 
     @torch.inference_mode()
     def encode_images(self, pixels: Sequence[Tensor]) -> Floats:
@@ -109,7 +110,7 @@ class Model:
             return len(tokenizer.tokenizer(text)["input_ids"]), context
         return len(tokenizer.encode(text)) + 2, context
 
-    def index(self, name: str | None) -> tuple[str, Index]:
+    def index(self, name: str | None) -> Served:
         """An index by name; the only one needs no name.
 
         Raises:
@@ -118,15 +119,11 @@ class Model:
         if not self.indexes:
             raise Problem(404, "no-index", "this service has no index: start it with --index DIR")
         if name is None and len(self.indexes) == 1:
-            return next(iter(self.indexes.items()))
+            return next(iter(self.indexes.values()))
         if name is None or name not in self.indexes:
             known = ", ".join(self.indexes)
             raise Problem(404, "unknown-index", f"name one of the indexes as `index`: {known}")
-        return name, self.indexes[name]
-
-    def index_hash(self, name: str) -> str:
-        files = self.indexes[name].manifest["files"]
-        return digest({role: entry["sha256"] for role, entry in files.items()})
+        return self.indexes[name]
 
     def explain(self, image: Image.Image, positive: Sequence[str], negative: Sequence[str] = ()) -> Explanation:
         """A map of what moved the similarity of an image to prompts, less that to those against.

@@ -18,6 +18,7 @@ BODIES: tuple[type[BaseModel], ...] = (
     schemas.ClassifyIn,
     schemas.EmbedIn,
     schemas.SearchIn,
+    schemas.ThumbnailsIn,
     schemas.ExplainIn,
     schemas.HuggingFaceIn,
     schemas.InferIn,

@@ -21,8 +21,13 @@ from medclip_lab.serving.settings import Scope
 M = TypeVar("M", bound=BaseModel)
 RAW = ("application/dicom", "application/octet-stream", "image/png", "image/jpeg", "image/tiff", "image/webp")
 LISTS = ("candidate_labels", "templates", "negative_templates", "texts", "positive", "negative", "where")
-INLINE = 2**16  # bytes of JSON that are parsed at once; more would hold up the other requests
+INLINE = 2**21
+"""Bytes of JSON that are parsed at once, in a millisecond; more would hold up the other requests."""
 MAX_OPTIONS = 200
+MOST_VALUES = 2**17
+"""Commas of a body of JSON, and so its values; base64 has none. A value takes many times the bytes it was sent in."""
+MOST_ERRORS = 100
+"""Beyond these a refusal does not say which: to write a million of them down takes gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +65,26 @@ async def admitted(request: Request, scope: Scope) -> AsyncIterator[tuple[House,
     visit.need(scope)
     if not house.ready:
         raise Problem(503, "not-ready", "the service is starting or stopping: send it again", {"Retry-After": "2"})
-    size = int(request.headers.get("content-length") or house.settings.max_body)
+    told = None if "transfer-encoding" in request.headers else request.headers.get("content-length")
+    size = int(told or house.settings.max_body)  # beside chunks a length means nothing (RFC 9112, 6.3)
+    task = asyncio.current_task()
+    assert task is not None
+    gone = asyncio.ensure_future(_watch(request, visit, task))
     try:
         with house.gate.enter(size):
+            house.metrics.now()
             async with asyncio.timeout(visit.deadline - time.monotonic()):
                 yield house, visit
             house.gate.took(time.monotonic() - visit.started)
+    except asyncio.CancelledError:
+        if not gone.done() or gone.cancelled():
+            raise
+        task.uncancel()
+        house.metrics.refused.labels("disconnected").inc()
+        raise _disconnected() from None
     except TimeoutError:
         house.metrics.refused.labels("deadline").inc()
-        if visit.received:
+        if visit.whole.is_set():
             raise past_deadline() from None
         raise Problem(
             408, "slow", "the body did not arrive in time: send it faster or smaller", {"Connection": "close"}
@@ -76,6 +92,20 @@ async def admitted(request: Request, scope: Scope) -> AsyncIterator[tuple[House,
     except Problem as problem:
         house.metrics.refused.labels(problem.kind).inc()
         raise
+    finally:
+        gone.cancel()
+
+
+async def _watch(request: Request, visit: Visit, task: "asyncio.Task[Any]") -> None:
+    """Cancel the work for a client that leaves: its place is another's, and what waits is not computed."""
+    await visit.whole.wait()  # until then it is the body that is received
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    task.cancel()
+
+
+def _disconnected() -> Problem:
+    return Problem(400, "disconnected", "the connection closed before the answer")
 
 
 async def read(request: Request, kind: type[M], visit: Visit) -> Asked[M]:
@@ -94,7 +124,7 @@ async def read(request: Request, kind: type[M], visit: Visit) -> Asked[M]:
     try:
         if is_json:
             data = await request.body()
-            visit.received = True
+            visit.whole.set()
             visit.stages["receive"] = time.monotonic() - start
             if len(data) > INLINE:
                 body = await asyncio.to_thread(_parse, kind, data)
@@ -106,19 +136,21 @@ async def read(request: Request, kind: type[M], visit: Visit) -> Asked[M]:
         else:
             data = await request.body()
             options, files = _gather(request.query_params.multi_items()), [data]
-        visit.received = True
+        visit.whole.set()
         visit.stages["receive"] = time.monotonic() - start
         body = _from_options(kind, options, files)
         return Asked(body, _images(body, files))
     except ClientDisconnect:
-        raise Problem(400, "disconnected", "the connection closed before the body was whole") from None
+        raise _disconnected() from None
 
 
 def _parse(kind: type[M], data: bytes) -> M:
+    if data.count(b",") > MOST_VALUES:
+        raise Problem(413, "too-many-values", f"a body of JSON may have {MOST_VALUES} commas: send several requests")
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        raise invalid(error.errors(include_url=False, include_context=False, include_input=False)) from None
+        raise _refused(error) from None
     except UnicodeDecodeError:
         raise Problem(422, "invalid-request", "the body is no UTF-8") from None
 
@@ -181,7 +213,13 @@ def _from_options(kind: type[M], options: dict[str, Any], files: list[bytes]) ->
     try:
         return kind.model_validate(options)
     except ValidationError as error:
-        raise invalid(error.errors(include_url=False, include_context=False, include_input=False)) from None
+        raise _refused(error) from None
+
+
+def _refused(error: ValidationError) -> Problem:
+    if error.error_count() > MOST_ERRORS:
+        return Problem(422, "invalid-request", f"more than {MOST_ERRORS} values are not as /openapi.json says")
+    return invalid(error.errors(include_url=False, include_context=False, include_input=False))
 
 
 def _images(body: BaseModel, files: list[bytes]) -> list[Sent]:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from medclip_lab.errors import UserError
 
-Scope = Literal["classify", "search", "text"]
+Scope = Literal["classify", "search", "text", "thumbnails"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MIB = 2**20
@@ -24,7 +24,15 @@ class Settings:
     bundle: Path
     """Folder of an exported bundle."""
     indexes: tuple[Path, ...] = ()
-    """Folders of indexes built with it; each goes by the name of its folder."""
+    """Folders of indexes built with it, or files of routers; each goes by the name of its folder or file."""
+    collections: tuple[str, ...] = ()
+    """Further indexes, collections of Milvus at `uri`."""
+    uri: str | None = None
+    """Of Milvus: a file, or http://host:19530."""
+    calibrations: tuple[Path, ...] = ()
+    """What `rag calibrate` wrote, each for that of the indexes it was made with."""
+    thumbnails: tuple[str, ...] = ()
+    """Where the images of an index lie, as INDEX=FOLDER or ROUTER/DOMAIN=FOLDER, of shards or of images."""
     labelset: str | None = None
     """The label set that is meant where a request names none; None takes the bundle's first."""
     host: str = "127.0.0.1"
@@ -34,6 +42,14 @@ class Settings:
     """File of API keys. Without one only this machine may ask, under `local_scopes`."""
     local_scopes: tuple[Scope, ...] = ("classify", "search")
     """What may be asked without a key where there is no file of keys."""
+    oidc_issuer: str | None = None
+    """Whose tokens are believed, as https://host/path; beside keys or in their place."""
+    oidc_audience: str | None = None
+    """This service's name at the issuer."""
+    oidc_jwks: Path | None = None
+    """File of the issuer's public keys; None asks the issuer for them."""
+    oidc_scope_claim: str = "scope"
+    """Claim of a token that holds its scopes."""
     max_body: int = 64 * MIB
     """Bytes of one request."""
     max_pixels: int = 40_000_000
@@ -59,7 +75,7 @@ class Settings:
     max_delay: float = 0.004
     """Seconds the first of a batch waits for others that are being decoded; alone, it does not wait."""
     decode_threads: int | None = None
-    """Images decoded at once; None takes one a core."""
+    """Images decoded at once; None takes one a core, and fewer while the CPU computes for others."""
     cached_prompts: int = 4096
     """Embeddings of prompts kept for labels that come again."""
     device: str = "auto"
@@ -67,6 +83,8 @@ class Settings:
     """Of the towers; bfloat16 is autocast."""
     compile: bool = False
     """Compile the image tower with torch.compile: a slow start, for a tower that is served for long."""
+    onnx: Path | None = None
+    """Folder of the bundle's towers as ONNX, float32 or int8, which ONNX Runtime then runs on the CPU."""
     audit: Path | None = None
     """File to which a line for every answered request is added: who, what, when; never the content."""
     dicomweb: tuple[str, ...] = ()
@@ -84,13 +102,29 @@ class Settings:
             raise UserError(f"serve: decode_threads must be at least 1, got {self.decode_threads}")
         if unknown := [scope for scope in self.local_scopes if scope not in SCOPES]:
             raise UserError(f"serve: no scope is called {unknown[0]!r} (there are {', '.join(SCOPES)})")
-        if self.keys is None and self.host not in LOOPBACK:
+        if self.onnx is not None and (self.compile or self.precision != "float32"):
+            raise UserError("serve: --onnx brings its own precision: leave --precision and --compile out")
+        if bool(self.collections) != (self.uri is not None):
+            raise UserError("serve: collections of Milvus and its uri go together")
+        for given in self.thumbnails:
+            if "=" not in given.strip("="):
+                raise UserError(f"serve: thumbnails are INDEX=FOLDER, got {given!r}")
+        if self.oidc_issuer is not None and not self.oidc_audience:
+            raise UserError("serve: --oidc-issuer needs --oidc-audience, or tokens for other services open this one")
+        if self.oidc_issuer is None and (self.oidc_audience or self.oidc_jwks):
+            raise UserError("serve: --oidc-audience and --oidc-jwks belong to --oidc-issuer")
+        if self.local and self.host not in LOOPBACK:
             raise UserError(
                 f"serve: at {self.host} anyone could ask: make a key with `medclip-lab serve --new-key classify` "
                 "and name its file by --keys, or listen at 127.0.0.1"
             )
 
     @property
+    def local(self) -> bool:
+        """Whether only this machine is served, and without a key."""
+        return self.keys is None and self.oidc_issuer is None
+
+    @property
     def threads(self) -> int:
-        """Images decoded at once."""
+        """Images decoded at once, at most."""
         return self.decode_threads or os.cpu_count() or 1

@@ -1,6 +1,7 @@
 """The way of a request through the house: images decoded, prompts made a scorer, both through the towers."""
 
 import asyncio
+import math
 import time
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from medclip_lab.data.prompts import PromptConfig
 from medclip_lab.inference.classifier import ZeroShotClassifier
 from medclip_lab.inference.labelset import LabelPrompts, LabelSet
 from medclip_lab.serving.batcher import Timed
-from medclip_lab.serving.house import House, Visit, prompt_key
+from medclip_lab.serving.house import House, Making, Visit, prompt_key
 from medclip_lab.serving.images import Prepared, from_base64, prepare
 from medclip_lab.serving.problems import Problem
 from medclip_lab.serving.reading import Sent
@@ -53,15 +54,18 @@ async def decode_one(house: House, visit: Visit, images: Sequence[Sent]) -> Prep
 
 
 async def _decode(house: House, image: Sent) -> Prepared:
-    data = image.data
-    if image.item.dicomweb is not None:
-        data = await asyncio.to_thread(house.archives.fetch, image.item.dicomweb)
+    loop = asyncio.get_running_loop()
 
-    def work() -> Prepared:
-        content = from_base64(image.item.data or "") if data is None else data
-        return prepare(content, image.item.frame, house.model.preprocess, house.limits)
+    def work(data: bytes | None) -> Prepared:
+        with house.cores.decoding():
+            content = from_base64(image.item.data or "") if data is None else data
+            return prepare(content, image.item.frame, house.model.preprocess, house.limits)
 
-    return await asyncio.get_running_loop().run_in_executor(house.pool, work)
+    if image.item.dicomweb is None:
+        return await loop.run_in_executor(house.pool, work, image.data)
+    async with house.pulls:
+        data = await loop.run_in_executor(house.pullers, house.archives.fetch, image.item.dicomweb)
+        return await loop.run_in_executor(house.pool, work, data)
 
 
 async def encode_images(
@@ -72,9 +76,9 @@ async def encode_images(
     return _note(visit, await asyncio.gather(*waiting))
 
 
-async def encode_texts(house: House, visit: Visit, texts: Sequence[str]) -> list[Floats]:
-    """[D] features of each text."""
-    waiting = [house.batcher.submit("text", text, visit.deadline) for text in texts]
+async def encode_texts(house: House, visit: Visit, texts: Sequence[str], deadline: float | None = None) -> list[Floats]:
+    """[D] features of each text; the deadline is the visit's, unless another is given."""
+    waiting = [house.batcher.submit("text", text, deadline or visit.deadline) for text in texts]
     return _note(visit, await asyncio.gather(*waiting))
 
 
@@ -99,7 +103,7 @@ async def scorer_for(house: House, visit: Visit, labels: Labels) -> Scorer:
     """
     if labels.candidate_labels is None:
         labelset = named_labelset(house, labels.labelset)
-        key = ("bundle", labelset.hash, labels.multi_label)
+        key = ("bundle", labelset.name, labels.multi_label)
     else:
         labelset = own_labelset(house, labels)
         key = ("own", labelset.hash, labels.multi_label)
@@ -108,12 +112,19 @@ async def scorer_for(house: House, visit: Visit, labels: Labels) -> Scorer:
         if labels.candidate_labels is not None:
             house.metrics.prompts.labels("hit").inc(len(_prompts(labelset)))
         return found
-    # Many who ask for the same at once wait for one who makes it; it is made even if that one leaves.
+    # Many who ask for the same at once wait for one that is made, as long as any of them is there.
     making = house.making.get(key)
     if making is None:
-        making = house.making[key] = asyncio.ensure_future(_make_scorer(house, visit, labels, labelset))
-        making.add_done_callback(lambda done: _made(house, key, done))
-    return await asyncio.shield(making)
+        making = house.making[key] = Making(asyncio.ensure_future(_make_scorer(house, visit, labels, labelset)))
+        making.task.add_done_callback(lambda done: _made(house, key, done))
+    making.waiting += 1
+    try:
+        return await asyncio.shield(making.task)
+    finally:
+        making.waiting -= 1
+        if not making.waiting:
+            making.task.cancel()
+            house.making.pop(key, None)
 
 
 async def _make_scorer(house: House, visit: Visit, labels: Labels, labelset: LabelSet) -> Scorer:
@@ -137,7 +148,6 @@ async def _make_scorer(house: House, visit: Visit, labels: Labels, labelset: Lab
 
 
 def _made(house: House, key: Hashable, done: "asyncio.Task[Scorer]") -> None:
-    del house.making[key]
     if not done.cancelled() and done.exception() is None:
         house.scorers.put(key, done.result())
 
@@ -207,7 +217,9 @@ async def _prompt_features(house: House, visit: Visit, labelset: LabelSet) -> di
     house.metrics.prompts.labels("miss").inc(len(missing))
     if missing:
         await asyncio.to_thread(_check_length, house, labelset, frozenset(missing))
-        for text, row in zip(missing, await encode_texts(house, visit, missing), strict=True):
+        # Others may wait for it who have more time than who asked first; each leaves at a deadline of its own.
+        rows = await encode_texts(house, visit, missing, math.inf)
+        for text, row in zip(missing, rows, strict=True):
             features[text] = row
             house.prompts.put(prompt_key(text), row)
     return features

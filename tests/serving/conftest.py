@@ -2,6 +2,8 @@
 
 import base64
 import io
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +21,8 @@ from medclip_lab.data.manifest import Manifest
 from medclip_lab.serving import Settings, create_app
 from tests.conftest import TOY_CONFIG
 
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 Serve = Callable[..., TestClient]
 
 
@@ -101,11 +105,24 @@ def serve(toy_settings: Settings) -> Iterator[Serve]:
         client.__exit__(None, None, None)
 
 
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A real Chromium; the test is skipped without one."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: CHROMIUM names none")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
 class Serving:
     """A service on a port of its own."""
 
     def __init__(self, settings: Settings) -> None:
-        self.server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_config=None))
+        self.app = create_app(settings)
+        self.server = uvicorn.Server(uvicorn.Config(self.app, port=0, log_config=None))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 
     def __enter__(self) -> str:

@@ -72,12 +72,37 @@ def test_what_waits_while_a_batch_runs_goes_together_and_by_kind() -> None:
         rest = [asyncio.ensure_future(batcher.submit(kind, value, FAR)) for kind, value in order]
         await asyncio.sleep(0.01)
         assert len(batcher) == 4
+        assert batcher.busy
         go.set()
         return [(await one).value for one in (first, *rest)]
 
     with running({"x": run("x"), "y": run("y")}) as batcher:
+        assert not batcher.busy
         assert together(ask(batcher)) == [0, 1, 2, 3, 4]
-    assert batches == [("x", [0]), ("x", [1, 3]), ("y", [2, 4])]
+        while batcher.busy:  # for a moment after its last answer
+            time.sleep(0.001)
+    assert batches == [("x", [0]), ("y", [2, 4]), ("x", [1, 3])]
+
+
+def test_an_image_does_not_wait_for_all_prompts() -> None:
+    batches: list[str] = []
+
+    async def ask(batcher: Batcher) -> None:
+        prompts = asyncio.ensure_future(all_of(batcher, list(range(400)), "text"))
+        while not batches:
+            await asyncio.sleep(0)
+        await batcher.submit("image", 0, FAR)
+        assert not prompts.done()
+        await prompts
+
+    def run(values: list[Any]) -> list[Any]:
+        time.sleep(0.001)
+        return values
+
+    told = lambda kind, _number: batches.append(kind)  # noqa: E731
+    with running({"text": run, "image": run}, told=told) as batcher:
+        together(ask(batcher))
+    assert batches.count("text") == 50
 
 
 def test_a_batch_waits_for_those_that_come_and_for_no_others() -> None:
@@ -207,6 +232,17 @@ def test_results_do_not_depend_on_the_batch(client: TestClient) -> None:
             assert np.abs(rows - alone[start : start + size]).max() < 1e-6
 
 
+def test_figures_that_cannot_be_written_do_not_end_the_thread() -> None:
+    def told(_kind: str, _size: int) -> None:
+        raise FileNotFoundError  # the folder that processes share is gone
+
+    with running({"x": lambda values: values}, told=told) as batcher:
+        for _ in range(2):
+            with pytest.raises(FileNotFoundError):
+                together(batcher.submit("x", 1, FAR))
+        assert batcher.alive
+
+
 def test_many_at_once_get_what_they_would_alone(client: TestClient) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -280,6 +316,29 @@ def test_a_full_house_answers_429_at_once_and_serves_those_inside(serve: Serve) 
         assert [one.result().status_code for one in inside] == [200] * 3
     assert client.post("/v1/classify", json=body).status_code == 200
     assert (gate.inside, gate.bytes) == (0, 0)
+
+
+def test_who_asked_first_takes_nobody_along(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels that two ask for are made for the second when the time of the first is over."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    client = serve(deadline=2.0)
+    house = client.app.state.house  # type: ignore[attr-defined]
+    real, go = house.model.encode_texts, threading.Event()
+    monkeypatch.setattr(house.model, "encode_texts", lambda texts: (go.wait(20) and False) or real(texts))
+    body = {"images": [{"data": encoded(png())}], "candidate_labels": ["a"], "templates": ["{}."]}
+    with ThreadPoolExecutor(3) as pool:
+        # The model is busy with a first text, so that the prompts of the label wait until a deadline has passed.
+        busy = pool.submit(client.post, "/v1/embed", json={"texts": ["x"]})
+        while not house.gate.inside:
+            time.sleep(0.001)
+        first = pool.submit(client.post, "/v1/classify", json=body)
+        time.sleep(1.3)
+        second = pool.submit(client.post, "/v1/classify", json=body)
+        problem(first.result(), 503, "deadline")
+        go.set()
+        assert second.result().status_code == 200
+        problem(busy.result(), 503, "deadline")
 
 
 def test_a_request_ends_at_its_deadline(serve: Serve) -> None:

@@ -1,7 +1,9 @@
 """Instances from an archive on the list, and from nowhere else."""
 
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from medclip_lab.errors import UserError
 from medclip_lab.serving.dicomweb import Archives, first_part
+from medclip_lab.serving.house import PULLS
 from medclip_lab.serving.problems import Problem
 from medclip_lab.serving.schemas import Instance
 
@@ -67,6 +70,26 @@ def test_an_instance_is_pulled_and_classified(serve: Serve, archive: Any) -> Non
     assert client.post("/v1/classify", json={"images": [{"dicomweb": PLACE}]}).status_code == 200
     other = client.post("/v1/classify", json={"images": [{"dicomweb": PLACE | {"server": "evil"}}]})
     assert "pacs" in problem(other, 403, "archive")
+
+
+def test_an_archive_that_hangs_holds_up_nobody_else(serve: Serve) -> None:
+    client = serve(dicomweb=("pacs=https://pacs.example",))
+    go, asked, content = threading.Event(), [], png(1)
+    house = client.app.state.house  # type: ignore[attr-defined]
+    house.archives.fetch = lambda place: (asked.append(place), go.wait(20), content)[2]
+    body = {"images": [{"dicomweb": PLACE}] * 16}
+    with ThreadPoolExecutor(3) as pool:
+        hanging = [pool.submit(client.post, "/v1/classify", json=body) for _ in range(3)]
+        try:
+            while house.gate.inside < 3 or len(asked) < PULLS:
+                time.sleep(0.005)
+            row = client.post("/v1/search", json={"id": 0, "index": "films"})
+            assert row.status_code == 200
+            assert len(asked) == PULLS  # the others' bytes are not in memory yet
+        finally:
+            go.set()
+        assert {one.result().status_code for one in hanging} == {200}
+    assert len(asked) == 48
 
 
 def test_what_an_archive_does_wrong(archive: Any) -> None:

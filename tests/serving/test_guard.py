@@ -14,8 +14,10 @@ from starlette.testclient import TestClient
 
 from medclip_lab.cli import main
 from medclip_lab.errors import UserError
-from medclip_lab.serving import Settings, keys
+from medclip_lab.serving import Settings, keys, reading
+from medclip_lab.serving.gate import Gate
 from medclip_lab.serving.logs import LOGGER, JsonLines
+from medclip_lab.serving.problems import invalid
 from medclip_lab.serving.run import restored
 
 from .conftest import Serve, encoded, png, problem
@@ -102,7 +104,7 @@ def test_keys_are_hashed_at_rest_and_compared_whole(tmp_path: Path, monkeypatch:
     key = keys.new_key(path, ["classify"])
     second = keys.new_key(path, ["search"])
     stored = path.read_text()
-    assert key.split("_")[2] not in stored
+    assert key.split("_", 2)[2] not in stored
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     compared = []
     import hmac
@@ -124,6 +126,19 @@ def test_a_broken_file_of_keys_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "keys.json"
     path.write_text(content)
     with pytest.raises(UserError, match="keys"):
+        keys.Keys(path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"id": [1]}, {"hash": None}, {"hash": "\u00e9" * 64}, {"scopes": None}, {"scopes": [[]]}, {"salt": 1}]
+)
+def test_a_broken_entry_is_refused_at_the_start(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "keys.json"
+    keys.new_key(path, ["search"])
+    record = json.loads(path.read_text())
+    record["keys"][0] |= change
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"an entry of .* is broken: make the key again"):
         keys.Keys(path)
 
 
@@ -196,6 +211,36 @@ def test_a_body_above_the_limit_is_not_read(serve: Serve) -> None:
     assert client.post("/v1/embed", json={"texts": ["a"]}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("number", "status", "kind"), [(2**17 + 1, 413, "too-many-values"), (100_000, 422, "invalid-request")]
+)
+def test_many_wrong_values_are_refused_in_few_words(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, number: int, status: int, kind: str
+) -> None:
+    told: list[int] = []  # a million of them took a gigabyte and half a minute of the event loop
+    monkeypatch.setattr(reading, "invalid", lambda errors: told.append(len(errors)) or invalid(errors))  # type: ignore[func-returns-value]
+    labels = ",".join(["0"] * number)
+    body = f'{{"images": [{{"data": ""}}], "candidate_labels": [{labels}]}}'
+    problem(client.post("/v1/classify", content=body, headers={"content-type": "application/json"}), status, kind)
+    assert sum(told) <= 2
+
+
+def test_many_unknown_fields_are_not_written_down(client: TestClient) -> None:
+    body = "{" + ",".join(f'"{number}": 0' for number in range(1000)) + "}"
+    answer = client.post("/v1/classify", content=body, headers={"content-type": "application/json"})
+    assert problem(answer, 422, "invalid-request") == "more than 100 values are not as /openapi.json says"
+
+
+def test_beside_chunks_a_length_does_not_make_a_body_small(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = serve(max_body=1000)
+    seen: list[int] = []
+    enter = Gate.enter
+    monkeypatch.setattr(Gate, "enter", lambda gate, size: seen.append(size) or enter(gate, size))  # type: ignore[func-returns-value]
+    headers = {"content-type": "application/json", "content-length": "1", "transfer-encoding": "chunked"}
+    client.post("/v1/embed", content=b'{"texts": ["a"]}', headers=headers)
+    assert seen == [1000]
+
+
 @pytest.mark.parametrize("length", ["-1", "abc", "1e3"])
 def test_a_length_that_is_no_number(client: TestClient, length: str) -> None:
     headers = {"content-type": "application/json", "content-length": length}
@@ -260,7 +305,7 @@ def test_nothing_of_the_content_is_logged_or_told(
     def fail(*_: Any) -> Any:
         raise RuntimeError(f"cannot read {SECRET}")
 
-    monkeypatch.setattr(client.app.state.house.model, "index_hash", fail)  # type: ignore[attr-defined]
+    monkeypatch.setattr("medclip_lab.serving.indexes.Served.facts", fail)
     failed = client.get("/v1/models")
     assert failed.status_code == 500
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
@@ -275,7 +320,7 @@ def test_nothing_of_the_content_is_logged_or_told(
     assert sum(response.status_code < 400 for response in answers) == 1
     audit = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
     assert len(audit) == 9
-    assert set(audit[0]) == {"time", "request_id", "key", "route", "status", "images", "model"}
+    assert set(audit[0]) == {"time", "request_id", "key", "route", "status", "images", "model", "subject", "index"}
 
 
 def test_no_address_of_a_request_is_fetched(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

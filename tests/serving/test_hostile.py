@@ -1,4 +1,4 @@
-"""Hostile files, a few dozen, or as many as MEDCLIP_LAB_HOSTILE says: each is refused, in bounded memory, unwritten."""
+"""Hostile files, a hundred, or as many as MEDCLIP_LAB_HOSTILE says: each is refused, in bounded memory, unwritten."""
 
 import io
 import json
@@ -18,9 +18,15 @@ from PIL import Image
 
 from tests.data import test_bombs as bombs
 
-pytest.importorskip("fastapi")
+from . import hostile_pictures as pictures
 
-CASES = int(os.environ.get("MEDCLIP_LAB_HOSTILE", "48"))
+pytest.importorskip("fastapi")
+pytest.importorskip("pydicom")
+pytest.importorskip("libjpeg")
+
+from . import hostile_dicom as broken
+
+CASES = int(os.environ.get("MEDCLIP_LAB_HOSTILE", "100"))
 CAP_MIB = 192
 """What a refusal may take: the body of a request several times over, and nothing that a header promises."""
 RUN = """
@@ -33,12 +39,26 @@ def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
+opened, watching = [], False
+
+def watch(event, arguments):
+    # Whatever Python opens to write to, or makes, moves and removes, while the service answers.
+    if not watching:
+        return
+    if event == "open" and isinstance(arguments[0], str) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        if arguments[0] != "/proc/self/clear_refs":
+            opened.append(arguments[0])
+    elif event in ("os.mkdir", "os.rename", "os.remove", "os.truncate", "os.link", "os.symlink", "tempfile.mkstemp"):
+        opened.append(event)
+
+sys.addaudithook(watch)
 bundle, folder, temporary = map(Path, sys.argv[1:])
 app = create_app(Settings(bundle=bundle, max_pixels=2**22, decode_threads=1))
 with TestClient(app, base_url="http://localhost") as client:
     good = (folder / "good").read_bytes()
     raw = {"content-type": "application/octet-stream"}
     assert client.post("/v1/classify", content=good, headers=raw).status_code == 200
+    watching = True
     for path in sorted(folder.glob("case-*")):
         data = path.read_bytes()
         Path("/proc/self/clear_refs").write_text("5")
@@ -46,7 +66,8 @@ with TestClient(app, base_url="http://localhost") as client:
         answer = client.post("/v1/classify", content=data, headers=raw)
         print(json.dumps([path.name, answer.status_code, answer.headers["content-type"], peak() - before]))
     assert client.post("/v1/classify", content=good, headers=raw).status_code == 200
-    print(json.dumps([str(path) for path in temporary.rglob("*")]))
+    watching = False
+    print(json.dumps({"left": [str(path) for path in temporary.rglob("*")], "opened": opened}))
 """
 
 
@@ -149,12 +170,10 @@ def scrambled(chance: random.Random) -> bytes:
     return bytes(data)
 
 
-def hostile(count: int) -> Iterator[tuple[str, bytes]]:
-    for name, (make, _) in bombs.BOMBS.items():
-        yield f"bomb {name}", make()
-    yield from polyglots()
-    yield from others()
-    yield from sides()
+def hostile() -> Iterator[tuple[str, bytes, str]]:
+    """Name, content, and what is to come of it: "refused", "image" or "either"."""
+    found = [(f"bomb {name}", make()) for name, (make, _) in bombs.BOMBS.items()]
+    found += [*polyglots(), *others(), *sides(), *pictures.refused(), *broken.cases()]
     whole = list(syntaxes())
     chance = random.Random(0)
     ways: list[Callable[[], bytes]] = [
@@ -163,40 +182,40 @@ def hostile(count: int) -> Iterator[tuple[str, bytes]]:
         lambda: broken_dicom(chance, whole),
         lambda: chance.choice((b"\xff\xd8\xff", b"II*\0", b"\x89PNG\r\n\x1a\n")) + chance.randbytes(500),
     ]
-    for number in range(count):
-        way = number % len(ways)
-        yield f"random {way}", ways[way]()
+    found += [(f"random {number % len(ways)}", ways[number % len(ways)]()) for number in range(120)]
+    yield from ((name, data, "refused") for name, data in found)
+    yield from ((name, data, "image") for name, data in pictures.valid())
+    yield from ((name, data, "either") for name, data in pictures.damaged(200))
 
 
 def test_hostile_files_are_refused_in_bounded_memory_and_leave_nothing(toy_bundle: Path, tmp_path: Path) -> None:
-    pytest.importorskip("pydicom")
-    pytest.importorskip("libjpeg")
     files, temporary = tmp_path / "files", tmp_path / "temporary"
     files.mkdir()
     temporary.mkdir()
     (files / "good").write_bytes(picture("PNG"))
-    names = []
-    for name, data in hostile(CASES):
-        if len(names) == CASES:
-            break
-        (files / f"case-{len(names):04}").write_bytes(data)
-        names.append(name)
-    assert len(names) == CASES
+    known = list(hostile())
+    assert len({data for _, data, _ in known}) > 900
+    step = max(len(known) / CASES, 1)
+    taken = [known[int(number * step)] for number in range(min(CASES, len(known)))]
+    for number, (_, data, _) in enumerate(taken):
+        (files / f"case-{number:04}").write_bytes(data)
     here = {path: path.stat().st_mtime_ns for path in toy_bundle.rglob("*")}
     run = subprocess.run(
         [sys.executable, "-c", RUN, str(toy_bundle), str(files), str(temporary)],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
         env=os.environ | {"TMPDIR": str(temporary)},
     )
     assert run.returncode == 0, run.stderr[-2000:]
     *lines, left = run.stdout.splitlines()
-    assert json.loads(left) == []
+    assert json.loads(left) == {"left": [], "opened": []}
     assert {path: path.stat().st_mtime_ns for path in toy_bundle.rglob("*")} == here
     failed = []
-    for name, line in zip(names, lines, strict=True):
+    for (name, _, expected), line in zip(taken, lines, strict=True):
         _, status, kind, grown = json.loads(line)
-        if not 400 <= status < 500 or kind != "application/problem+json" or grown > CAP_MIB:
+        refused = 400 <= status < 500 and kind == "application/problem+json"
+        met = {"refused": refused, "image": status == 200, "either": refused or status == 200}[expected]
+        if not met or grown > CAP_MIB:
             failed.append((name, status, kind, round(grown)))
     assert not failed

@@ -1,7 +1,6 @@
 """The page, in a real browser: drop, edit, search, maps, refusals, keys, keyboard, dark and narrow."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +14,8 @@ playwright = pytest.importorskip("playwright.sync_api")
 
 from medclip_lab.serving import Settings, keys  # noqa: E402
 
-from .conftest import Serving, png  # noqa: E402
+from .conftest import Serving, encoded, png  # noqa: E402
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: CHROMIUM names none")
 expect = playwright.expect
 expect.set_options(timeout=15_000)
 
@@ -28,14 +24,6 @@ expect.set_options(timeout=15_000)
 def address(toy_settings: Settings) -> Iterator[str]:
     with Serving(replace(toy_settings, local_scopes=("classify", "search", "text"))) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -123,6 +111,17 @@ def test_a_finding_shows_where_it_comes_from(page: Any) -> None:
     expect(page.locator("#map")).to_be_hidden()
 
 
+def test_a_map_that_is_empty_is_said_to_be(page: Any) -> None:
+    def flat(route: Any) -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, json=answer.json() | {"map": encoded(png()), "lowest": 0.0, "highest": 0.0})
+
+    page.route("**/v1/explain", flat)
+    send(page, png(3))
+    page.locator(".bar .name").first.click()
+    expect(page.locator("#map-note")).to_contain_text("The map is empty")
+
+
 def test_search_by_words(page: Any) -> None:
     page.locator("#index").select_option("reports")
     page.locator("#query").fill("The heart is enlarged.")
@@ -139,7 +138,7 @@ def test_what_is_refused_is_told_in_the_service_s_words(page: Any) -> None:
     send(page, b"<svg onload='alert(1)'/>", "a.png")
     expect(page.locator("#problem")).to_contain_text("send PNG, JPEG, TIFF, WebP or DICOM")
     expect(page.locator("#problem")).to_contain_text("request ")
-    assert page.locator("#problem").get_attribute("role") == "alert"
+    assert page.locator("#problem-text").get_attribute("role") == "alert"
     send(page, png(1))
     expect(page.locator(".bar")).to_have_count(14)
     expect(page.locator("#problem")).to_be_hidden()
@@ -173,7 +172,7 @@ def test_a_key_is_asked_for_and_kept_in_memory_only(browser: Any, toy_settings: 
         expect(page.locator("#key-form")).to_be_visible()
         page.locator("#key").fill("wrong")
         page.keyboard.press("Enter")
-        expect(page.locator("#problem")).to_contain_text("the key is wrong")
+        expect(page.locator("#problem")).to_contain_text("The key is wrong")
         page.locator("#key").fill(key)
         page.keyboard.press("Enter")
         expect(page.locator("#key-form")).to_be_hidden()
@@ -224,7 +223,7 @@ def test_axe_finds_nothing_serious(browser: Any, address: str, scheme: str) -> N
     page.locator(".bar .name").first.click()
     expect(page.locator("#map")).to_be_visible()
     page.get_by_role("button", name="Edit a copy").click()
-    page.locator("details summary").click()
+    page.locator("#card-details summary").click()
     page.locator(".label .positive").first.fill("word " * 100)
     expect(page.locator("#problem")).to_be_visible()
     expect(page.locator("#bars.stale")).to_have_count(0)

@@ -1,14 +1,15 @@
 // The page: one image, its findings, the labels they are judged by, and cases like it.
 
 import { base64, get, post, Refusal, useKey } from "/page/api.js";
+import { rendered } from "/page/card.js";
+import { Cases } from "/page/cases.js";
 import { Labels } from "/page/labels.js";
-import { drawMap, element, showFacts, showFindings, showHits, showImageFacts, showProblem } from "/page/view.js";
+import { drawMap, element, showFacts, showFindings, showImageFacts, showProblem, status } from "/page/view.js";
 
 const DELAY = 350;
 const state = { models: null, data: null, frame: null, sent: null, seen: null, running: null, timer: null };
 const labels = new Labels(() => soon());
-
-const status = (text) => (element("status").textContent = text);
+const cases = new Cases(attempt, image);
 
 // Runs a piece of work and shows what goes wrong with it; a missing key opens the form for one.
 async function attempt(work) {
@@ -24,7 +25,7 @@ async function attempt(work) {
       element("key").focus();
       if (state.models === null && !element("key").value) return undefined;
     }
-    showProblem(error);
+    showProblem(error, () => attempt(work));
     if (error.message.includes("`frame`")) element("frame-line").hidden = element("image-tools").hidden = false;
     return undefined;
   }
@@ -35,17 +36,13 @@ async function start() {
   state.models = models;
   element("key-form").hidden = true;
   element("model").textContent = `${models.model.name}, ${models.model.fingerprint.slice(0, 12)}`;
-  element("card").textContent = models.card;
+  element("card").replaceChildren(rendered(models.card));
   showFacts(element("hashes"), {
     Model: models.model.fingerprint.slice(0, 16), Weights: models.model.weights.slice(0, 16),
     Input: `${models.image_size} x ${models.image_size} pixels`, Version: models.version,
   });
   labels.fill(sets);
-  const searchable = models.indexes.length > 0 && models.scopes.includes("search");
-  element("cases").hidden = !searchable;
-  element("index").replaceChildren(...models.indexes.map((index) => new Option(`${index.name} (${index.size})`, index.name)));
-  element("index-line").hidden = models.indexes.length < 2;
-  element("text-line").hidden = !models.scopes.includes("text");
+  await cases.start(models);
 }
 
 function image() {
@@ -60,9 +57,8 @@ async function choose(file) {
     forget();
     state.data = await base64(file);
     state.sent = URL.createObjectURL(file);
-    element("similar").disabled = false;
     await classify();
-    if (!element("cases").hidden && state.seen) await similar();
+    if (!element("cases").hidden && state.seen) await cases.similar();
   });
 }
 
@@ -70,12 +66,13 @@ function forget() {
   state.running?.abort();
   if (state.sent) URL.revokeObjectURL(state.sent);
   Object.assign(state, { data: null, frame: null, sent: null, seen: null });
-  for (const id of ["stage", "image-tools", "map", "map-note", "frame-line", "flag"]) element(id).hidden = true;
+  for (const id of ["stage", "image-tools", "map", "map-tools", "frame-line", "flag", "domain-note"]) element(id).hidden = true;
   element("drop").classList.remove("full");
   element("drop").querySelector(".call").hidden = false;
-  for (const id of ["facts", "bars", "hits"]) element(id).replaceChildren();
+  for (const id of ["facts", "bars"]) element(id).replaceChildren();
   element("took").textContent = "";
   element("meaning").textContent = "Findings appear here once there is an image.";
+  cases.forget();
   element("similar").disabled = true;
   element("file").value = "";
 }
@@ -101,6 +98,7 @@ async function classify() {
   status("");
   const result = answer.results[0];
   state.seen = `data:image/png;base64,${result.preview}`;
+  element("similar").disabled = false;
   hideMap();
   showImageFacts(result.image);
   showFindings(answer, state.models.can_explain, (name, button) => attempt(() => explain(name, button)));
@@ -120,7 +118,7 @@ function look() {
 }
 
 function hideMap() {
-  element("map").hidden = element("map-note").hidden = true;
+  element("map").hidden = element("map-tools").hidden = true;
   for (const button of element("bars").querySelectorAll("[aria-pressed=true]")) button.setAttribute("aria-pressed", "false");
 }
 
@@ -135,19 +133,11 @@ async function explain(name, button) {
   element("view-seen").checked = true;
   look();
   button.setAttribute("aria-pressed", "true");
-  element("map").hidden = element("map-note").hidden = false;
-  element("map-note").textContent = `The brighter, the more this part moved the score of ${name} (${answer.method}). It does not show what is ill.`;
+  element("map").hidden = element("map-tools").hidden = false;
+  element("map-note").textContent = answer.highest > answer.lowest
+    ? `The brighter, the more this part moved the score of ${name} (${answer.method}). It does not show what is ill.`
+    : `The map is empty: no part of the image moved the score of ${name} more than another (${answer.method}).`;
 }
-
-async function search(query, what) {
-  status("Searching ...");
-  const body = { ...query, index: element("index").value, k: 12, include_text: element("with-text").checked };
-  const answer = await post("/v1/search", body);
-  status("");
-  showHits(answer, what);
-}
-
-const similar = () => search({ image: image() }, "this image");
 
 element("file").addEventListener("change", (event) => choose(event.target.files[0]));
 element("clear").addEventListener("click", () => {
@@ -160,12 +150,9 @@ element("frame").addEventListener("change", (event) => {
   state.frame = Math.max(0, Math.trunc(Number(event.target.value)));
   attempt(classify);
 });
-element("similar").addEventListener("click", () => attempt(similar));
-element("search").addEventListener("submit", (event) => {
-  event.preventDefault();
-  const text = element("query").value.trim();
-  if (text) attempt(() => search({ text }, `"${text}"`));
-});
+element("opacity").addEventListener("input", (event) => (element("map").style.opacity = event.target.value / 100));
+element("dismiss").addEventListener("click", () => showProblem(null));
+document.addEventListener("keydown", (event) => event.key === "Escape" && showProblem(null));
 element("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   useKey(element("key").value.trim());

@@ -2,7 +2,9 @@
 
 export const element = (id) => document.getElementById(id);
 
-function made(tag, className, text) {
+export const status = (text) => (element("status").textContent = text);
+
+export function made(tag, className, text) {
   const node = document.createElement(tag);
   if (className) node.className = className;
   if (text !== undefined) node.textContent = text;
@@ -13,11 +15,17 @@ export function showFacts(list, facts) {
   list.replaceChildren(...Object.entries(facts).flatMap(([name, value]) => [made("dt", "", name), made("dd", "", value)]));
 }
 
-export function showProblem(error) {
-  const box = element("problem");
-  box.hidden = !error;
+// The service's sentences start small, as they follow a name elsewhere.
+const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
+
+// What went wrong; `again` does it once more where that may help.
+export function showProblem(error, again) {
+  const box = element("problem-text");
+  element("problem").hidden = !error;
   if (!error) return box.replaceChildren();
-  const parts = [made("strong", "", error.title ?? "Something went wrong"), document.createTextNode(`${error.message} `)];
+  element("again").hidden = !([0, 408, 429].includes(error.status) || error.status >= 500);
+  element("again").onclick = again;
+  const parts = [made("strong", "", error.title ?? "Something went wrong"), document.createTextNode(`${sentence(error.message)} `)];
   if (error.id) parts.push(made("span", "", `request ${error.id}`));
   box.replaceChildren(...parts);
 }
@@ -35,16 +43,22 @@ function number(value) {
 export function showFindings(answer, canExplain, explain) {
   const result = answer.results[0];
   const calibrated = result.labels.some((label) => label.probability !== null);
+  // Of a calibrated set, what has no probability has no place among those that have one.
+  const apart = (label) => calibrated && label.probability === null;
   const absolute = calibrated || answer.score_type === "softmax";
   element("meaning").textContent = calibrated
-    ? "Calibrated probabilities; the line is the threshold of each label's operating point."
+    ? "Calibrated probabilities, from 0 to 1; the line is the threshold of each label's operating point."
     : MEANINGS[answer.score_type] ?? `Scores by ${answer.score_type}; they order images.`;
   const strange = result.out_of_domain?.flag;
   element("flag").hidden = !strange;
   element("flag").textContent = strange ? "This image is unlike those the model was calibrated with: nothing below holds." : "";
+  const far = result.out_of_domain;
+  element("domain-note").hidden = !far;
+  element("domain-note").textContent = far ? `Distance from the images of the calibration: ${far.distance.toFixed(1)}; flagged above ${far.threshold.toFixed(1)}.` : "";
   const shown = (label) => label.probability ?? label.score;
   const longest = absolute ? 1 : Math.max(...result.labels.map((label) => Math.abs(shown(label))), 1e-12);
-  const rows = [...result.labels].sort((a, b) => shown(b) - shown(a)).map((label) => {
+  const order = (a, b) => apart(a) - apart(b) || shown(b) - shown(a);
+  const rows = [...result.labels].sort(order).map((label) => {
     const row = element("bar-template").content.firstElementChild.cloneNode(true);
     const name = row.querySelector(".name");
     name.textContent = label.label;
@@ -52,6 +66,12 @@ export function showFindings(answer, canExplain, explain) {
     name.setAttribute("aria-pressed", "false");
     if (canExplain) name.title = "Show where in the image this comes from";
     name.addEventListener("click", () => explain(label.label, name));
+    if (apart(label)) {
+      row.classList.add("apart");
+      row.querySelector(".track").replaceWith(made("span", "reason", label.reason ?? "not calibrated"));
+      row.querySelector(".value").textContent = number(label.score);
+      return row;
+    }
     row.querySelector(".fill").style.width = `${(100 * Math.max(shown(label), 0)) / longest}%`;
     row.querySelector(".value").textContent = number(shown(label));
     if (label.threshold != null) {
@@ -63,6 +83,8 @@ export function showFindings(answer, canExplain, explain) {
     }
     return row;
   });
+  const first = rows.findIndex((row) => row.classList.contains("apart"));
+  if (first >= 0) rows.splice(first, 0, made("li", "between", "Not calibrated: these numbers are scores, and no probabilities"));
   element("bars").replaceChildren(...rows);
   element("bars").classList.remove("stale");
   const ms = answer.timings_ms;
@@ -79,21 +101,6 @@ export function showImageFacts(facts) {
   }
   told.Resized = `to ${facts.resized_to} x ${facts.resized_to} (${facts.resize_mode}, ${facts.interpolation})`;
   showFacts(element("facts"), told);
-}
-
-export function showHits(answer, what) {
-  const { name, size } = answer.index;
-  element("cases-note").textContent = answer.hits.length
-    ? `The ${answer.hits.length} nearest to ${what}, of ${size} in ${name}. The number is the cosine.`
-    : `Nothing found in ${name}.`;
-  element("hits").replaceChildren(...answer.hits.map((hit) => {
-    const row = made("li", "hit");
-    row.append(made("span", "rank", hit.rank), made("span", "study", hit.study_id), made("span", "cosine", hit.score.toFixed(3)));
-    const more = Object.entries(hit.fields).filter(([, value]) => value !== null && typeof value !== "object");
-    if (more.length) row.append(made("span", "more", more.map(([field, value]) => `${field} ${value}`).join(", ")));
-    if (hit.text) row.append(made("p", "report", hit.text));
-    return row;
-  }));
 }
 
 // Grey relevance becomes light of one colour, as bright as the map; nothing is laid over what is below its middle.

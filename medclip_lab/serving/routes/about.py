@@ -1,6 +1,6 @@
 """What is served, and whether it can be: models, label sets, health, figures."""
 
-from typing import Any
+import asyncio
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -14,15 +14,8 @@ from medclip_lab.serving.scoring import PerLabel
 from medclip_lab.version import __version__
 
 router = APIRouter()
-KEY = refusals(401, 403, 421)
+KEY = refusals(401, 403, 421, 503)
 LIMITS = ("max_body", "max_pixels", "max_aspect", "max_images", "max_labels", "max_prompts", "max_k", "max_waiting")
-
-
-def index_facts(house: House, name: str) -> dict[str, Any]:
-    """An index, as every answer of it tells."""
-    index = house.model.indexes[name]
-    modality = str(index.manifest.get("modality", "image"))
-    return {"name": name, "hash": house.model.index_hash(name), "modality": modality, "size": len(index)}
 
 
 @router.get("/v1/models", responses={200: {"model": ModelsOut}, **KEY})
@@ -37,7 +30,7 @@ async def models(request: Request) -> JSONResponse:
             "image_size": house.model.preprocess.config.size,
             "precision": settings.precision,
             "labelsets": list(house.model.labelsets),
-            "indexes": [index_facts(house, name) for name in house.model.indexes],
+            "indexes": [await asyncio.to_thread(served.facts) for served in house.model.indexes.values()],
             "can_explain": house.model.can_explain,
             "scopes": sorted(request.state.visit.caller.scopes),
             "limits": {name: getattr(settings, name) for name in LIMITS} | {"deadline": settings.deadline},
@@ -81,18 +74,18 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz", responses=refusals(421, 503))
 async def readyz(request: Request) -> dict[str, str]:
-    """The model answers."""
+    """The model answers, in every process."""
     check_ready(request.app.state.house)
     return {"status": "ready"}
 
 
 def check_ready(house: House) -> None:
-    """Refuse while the model's thread does not run.
+    """Refuse while a model's thread does not run, here or in a process that has still to start, and while stopping.
 
     Raises:
         Problem: 503.
     """
-    if not house.ready or not house.batcher.alive:
+    if not house.ready or house.leaving or not house.batcher.alive or not house.workers.complete:
         raise Problem(503, "not-ready", "the model does not answer: wait, or start the service again")
 
 

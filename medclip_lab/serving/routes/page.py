@@ -10,7 +10,10 @@ from medclip_lab.serving.problems import Problem
 
 router = APIRouter(include_in_schema=False)
 KINDS = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
-FILES = ("index.html", "page.css", "api.js", "labels.js", "page.js", "view.js")
+FILES = (
+    *("index.html", "page.css", "cases.css", "api.js", "labels.js", "page.js", "view.js"),
+    *("card.js", "cases.js", "filters.js"),
+)
 
 
 @cache
