@@ -15,7 +15,7 @@ from medclip_lab.inference.bundle import FORMAT, MANIFEST, finish_bundle, write_
 from medclip_lab.inference.encoder import load
 from medclip_lab.inference.labelset import find_labelset, load_labelset
 from medclip_lab.models.spec import beyond_open_clip
-from medclip_lab.training.resume import CONFIG, DONE
+from medclip_lab.training.resume import CONFIG, DONE, FACTS
 from medclip_lab.training.run import MODEL, WEIGHTS, RunConfig
 
 
@@ -53,7 +53,7 @@ def export(
         "sources": ", ".join(config.data.sources),
         "steps": done["steps"],
         "batch": config.data.batch_size,
-        "intended use": "research",
+        "shards": read_json(run / FACTS, "run")["shards"],
     }
     with atomic_folder(out) as folder:
         write_bundle(

@@ -308,3 +308,21 @@ def test_semantic_loss_trains_on_the_labels(toy_config: Config, tmp_path: Path) 
     model = json.loads((run / "model.json").read_text())["model_cfg"]
     assert not any("bias" in name for name in load_file(run / "model.safetensors") if name.startswith("logit"))
     assert model["custom_text"] is True
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("--trainer.ema=0.9", "trainer.ema: averaged weights cannot be sharded"),
+        ("--model.lora={text: {target: '.*out_proj'}}", "model.lora: adapters are few and cannot be sharded"),
+        ("--trainer.gradient_cache=2", "data.batch_size 30 does not divide by 4 ranks"),
+    ],
+)
+def test_what_shards_cannot_do(
+    toy_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, message: str
+) -> None:
+    config = toy_config(tmp_path / "run", setting, "--data.batch_size=30", "--ranks.strategy=fsdp")
+    runs._refuse_uneven(config)  # of one rank
+    monkeypatch.setattr(runs.distributed, "world_size", lambda: 4)
+    with pytest.raises(UserError, match=message):
+        runs._refuse_uneven(config)

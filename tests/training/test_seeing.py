@@ -202,6 +202,7 @@ class Fake:
 def test_others_by_flag(online: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TensorBoardLogger", "WandbLogger", "MLFlowLogger"):
         monkeypatch.setattr(module, name, Fake)
+    monkeypatch.setattr(module, "_mlflow_run", lambda *_: "1a2b")
     for name, value in (("WANDB_MODE", "online"), ("MLFLOW_TRACKING_URI", "http://here")):
         monkeypatch.delenv(name, raising=False)
         if online:
@@ -220,7 +221,9 @@ def test_others_by_flag(online: bool, tmp_path: Path, monkeypatch: pytest.Monkey
     assert mlflow.settings["tracking_uri"] == (
         "http://here" if online else f"sqlite:///{tmp_path / 'run' / 'mlflow.db'}"
     )
-    assert wandb.hyperparameters == mlflow.hyperparameters == {"seed": 3}
+    assert wandb.hyperparameters == again[2].hyperparameters == {"seed": 3}  # type: ignore[attr-defined]
+    assert (again[2].settings["run_id"], mlflow.settings["run_id"]) == (None, "1a2b")  # type: ignore[attr-defined]
+    assert not hasattr(mlflow, "hyperparameters"), "MLflow refuses a setting that is another now"
     sink = LoggerSink(made)
     sink.show(Reading(5, 10, {"loss": 1.0, "grad_norm": None}))
     sink.show(Reading(5, 10, {"val_loss": 1.0}))
@@ -245,6 +248,27 @@ def test_a_logger_that_is(name: str, toy_config: Config, tmp_path: Path) -> None
     pytest.importorskip(name)
     out = train(toy_config(tmp_path / "run", f"--trainer.{name}=films", "--trainer.steps=2"))
     assert list(out.glob(f"{name}*"))
+
+
+def test_mlflow_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", where := f"sqlite:///{tmp_path / 'mlflow.db'}")
+    config = TrainerConfig(tensorboard=False, mlflow="films")
+    out = tmp_path / "a run's folder"
+    for start, settings, folder in ((0, {"workers": 1}, out), (0, {}, tmp_path / "other"), (2, {"workers": 2}, out)):
+        (logger,) = build_loggers(config, folder, settings, start)
+        logger.log_metrics({"loss": 3.0 - start}, start + 1)
+        logger.finalize("success")
+    client = MlflowClient(where)
+    known = client.get_experiment_by_name("films")
+    runs = {run.info.run_name.rpartition("-")[0]: run for run in client.search_runs([known.experiment_id])}
+    assert sorted(runs) == ["a run's folder", "other"]
+    run = runs["a run's folder"]
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 3.0), (3, 1.0)]
+    assert (run.data.params, run.info.status) == ({"workers": "1"}, "FINISHED")
 
 
 def test_profile(toy_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

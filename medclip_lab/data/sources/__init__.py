@@ -13,6 +13,7 @@ SOURCES = {
     "biomedica": "medclip_lab.data.sources.biomedica:Biomedica",
     "chexpert": "medclip_lab.data.sources.chexpert:Chexpert",
     "chexpert-plus": "medclip_lab.data.sources.chexpert_plus:ChexpertPlus",
+    "ct-rate": "medclip_lab.data.sources.ct_rate:CtRate",
     "csv": "medclip_lab.data.sources.csv_pairs:CsvPairs",
     "dicom-folder": "medclip_lab.data.sources.dicom_folder:DicomFolder",
     "hf-dataset": "medclip_lab.data.sources.hf_dataset:HfDataset",
