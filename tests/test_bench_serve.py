@@ -23,27 +23,72 @@ from medclip_lab.errors import UserError
 
 
 def run(per_second: float, p50: float) -> dict[str, object]:
-    return {"clients": {"1": {"p50_ms": p50}, "16": {"per_second": per_second}}}
+    return {"clients": {"1": {"p50_ms": p50}, "16": {"per_second": per_second, "cpu_ms": 1000 / per_second}}}
 
 
 def test_ratios_are_medians_of_pairs() -> None:
-    runs = {"medclip-lab": [run(30, 12), run(90, 14), run(20, 13)], "fastapi": [run(10, 0), run(10, 0), run(10, 0)]}
+    runs = {
+        "medclip-lab": [run(30, 12), run(90, 14), run(20, 13)],
+        "medclip-lab-onnx": [run(40, 11)] * 3,
+        "fastapi": [run(10, 0), run(10, 0), run(10, 0)],
+    }
     bounded = {"clients": {"64": {"p50_ms": 100.0, "p99_ms": 250.0, "answered": 9, "statuses": {"200": 9, "429": 5}}}}
-    assert ratios(runs, 10.0, bounded) == {
+    assert ratios(runs, [10.0, 9.0, 10.0], bounded) == {
         "throughput_16_over_fastapi": 3.0,
+        "cpu_a_request_16_over_fastapi": 0.33,
         "added_ms_at_1": 3.0,
+        "throughput_16_over_fastapi_onnx": 4.0,
+        "cpu_a_request_16_over_fastapi_onnx": 0.25,
+        "added_ms_at_1_onnx": 1.0,
         "p99_over_p50_at_64_bounded": 2.5,
-        "turned_away_at_64_bounded": 5,
+        "shares_at_64_bounded": {"200": 0.6429, "429": 0.3571},
         "unanswered_at_64_bounded": 0,
     }
 
 
 @pytest.mark.parametrize(
-    ("options", "told"), [({"only": ["flask"]}, "flask"), ({"repeats": 0}, "repeats"), ({"seconds": 0}, "seconds")]
+    ("options", "told"),
+    [
+        ({"only": ["flask"]}, "flask"),
+        ({"repeats": 0}, "repeats"),
+        ({"seconds": 0}, "seconds"),
+        ({"minutes": 0}, "minutes"),
+    ],
 )
 def test_mistakes(options: dict[str, object], told: str) -> None:
     with pytest.raises(UserError, match=told):
         bench_serve(**options)  # type: ignore[arg-type]
+
+
+def test_a_side_whose_packages_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medclip_lab.bench.serve.find_spec", lambda name: None if name == "onnxruntime" else name)
+    with pytest.raises(UserError, match="medclip-lab-onnx needs pip install onnxruntime, or name other sides"):
+        bench_serve()
+
+
+def test_growth_is_from_after_the_warm_up_to_the_end() -> None:
+    from medclip_lab.bench.serve_mixed import growth
+
+    memory = [10.0, 50.0] + [100.0] * 2 + [300.0] * 14 + [102.0] * 2
+    told = growth(memory)
+    assert told == {"memory_after_warm_up_mib": 100.0, "memory_at_end_mib": 102.0, "memory_growth": 0.02}
+
+
+def test_a_tree_of_processes_is_counted_whole() -> None:
+    from medclip_lab.bench.processes import cpu_seconds, resident_mib, tree
+
+    busy = "x = b'x' * 2**26; sum(range(3 * 10**6)); print(flush=True); import time; time.sleep(60)"
+    command = [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {busy!r}])"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        processes = list(tree(parent.pid))
+        assert len(processes) == 2
+        assert resident_mib(parent.pid) > 64 + resident_mib(processes[1]) / 10
+        assert cpu_seconds(parent.pid) >= cpu_seconds(processes[1]) > 0
+        for process in processes[::-1]:
+            os.kill(process, signal.SIGKILL)
+    assert (list(tree(parent.pid)), resident_mib(parent.pid)) == ([], 0)
 
 
 @pytest.mark.slow
@@ -68,6 +113,8 @@ def test_two_processes_serve_count_together_and_stop(tmp_path: Path) -> None:
                 time.sleep(0.1)
         import base64
 
+        for _ in range(400):  # more lines than the pipe of a log that nobody reads takes
+            urllib.request.urlopen(f"{base}/healthz", timeout=20).close()
         bodies = [json.dumps({"images": [{"data": base64.b64encode(image(0)).decode()}]}).encode()]
         load = send(f"{base}/v1/classify", bodies, clients=4, seconds=1.0, warm_up=0.0)
         assert set(load.statuses) == {200}
@@ -84,5 +131,9 @@ def test_two_processes_serve_count_together_and_stop(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=30)
     lines = [json.loads(line) for line in err.splitlines()]
+    ready = next(
+        place for place, line in enumerate(lines) if (line.get("route"), line.get("status")) == ("/readyz", 200)
+    )
+    assert sum(line["event"] == "Application startup complete." for line in lines[:ready]) == 2
     assert sum(line.get("route") == "/v1/classify" for line in lines) == len(load.latencies)
     assert out == ""

@@ -1,226 +1,16 @@
-"""The verbs, their flags, and one line with exit code 2 for every mistake."""
+"""The verbs at work, and one line with exit code 2 for every mistake."""
 
-import argparse
 import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
-from medclip_lab.cli import build_parser, data, main
+from medclip_lab.cli import main
 from medclip_lab.data.manifest import Manifest
-
-COMMON = {"--help", "--json", "--debug"}
-STORE = {"--store", "--uri"}
-POLICY = {"--policy", "--ratio", "--calibration"}
-ASKING = COMMON | STORE | {"index", "embeddings", "--out", "-k", "--labels", "--same-patient", "--where"}
-PREPARE = COMMON | {"--out", "--samples-per-shard", "--max-bad", "--workers", "--executor", "--duplicates"}
-ROWS = {
-    *("--image", "--image-folder", "--labels", "--license", "--modality", "--no-label-text", "--patient", "--split"),
-    *("--study", "--text", "--view"),
-}
-SCORING = {"--labelset", "--score", "--temperature", "--truncate"}
-ENSEMBLE = {"--ensemble", "--average"}
-FLAGS = {
-    "demo": COMMON | {"--out", "--seed", "--studies"},
-    "prepare phantom": PREPARE | {"--studies", "--seed", "--size"},
-    "prepare nih-cxr14": PREPARE | {"folder"},
-    "prepare openi": PREPARE | {"path"},
-    "prepare csv": PREPARE | ROWS | {"path"},
-    "prepare biomedica": PREPARE | {"folder"},
-    "prepare chexpert": PREPARE | {"--train-table", "folder"},
-    "prepare chexpert-plus": PREPARE | {"--images", "--labels", "folder"},
-    "prepare dicom-folder": PREPARE | {"--key-file", "--license", "--modalities", "folder"},
-    "prepare hf-dataset": PREPARE | ROWS | {"folder"},
-    "prepare jsonl": PREPARE | ROWS | {"folder"},
-    "prepare mimic-cxr": PREPARE | {"--label-table", "--labeller", "--reports", "folder"},
-    "prepare open-pmc": PREPARE | {"folder"},
-    "prepare padchest": PREPARE | {"folder"},
-    "prepare parquet": PREPARE | ROWS | {"folder"},
-    "prepare pmc-oa": PREPARE | {"folder"},
-    "prepare rocov2": PREPARE | {"folder"},
-    "prepare rsna-pneumonia": PREPARE | {"folder"},
-    "prepare siim-acr": PREPARE | {"folder"},
-    "prepare vindr-cxr": PREPARE | {"folder"},
-    "shards plan": COMMON
-    | {
-        "--samples",
-        "--shards",
-        "--split",
-        "--samples-per-shard",
-        "--sample-kib",
-        "--ranks",
-        "--batch-size",
-        "--lanes",
-        "--window",
-        "--seed",
-    },
-    "shards check": COMMON | {"shards", "--no-decode", "--out"},
-    "shards leaks": COMMON | {"train", "test", "--train-split", "--test-split", "--out", "--max-bad"},
-    "shards repair": COMMON | {"shards", "--no-decode", "--out"},
-    "train": COMMON | {"--config", "--out", "--profile", "--replay", "--resume", "--settings"},
-    "evaluate": COMMON
-    | {
-        "bundle",
-        "shards",
-        "--split",
-        "--batch-zscore",
-        "--no-calibration",
-        "--compare",
-        "--collapse-texts",
-        "--draws",
-        "--seed",
-        "--blur",
-        "--shuffle-labels",
-        "--out",
-        "--max-bad",
-        "--protocol",
-        "--list",
-        "--subgroups",
-        "--probe",
-        "--corruptions",
-        "--baseline",
-        "--against",
-        "--pointing",
-        "--page",
-        "--show-images",
-    }
-    | SCORING
-    | ENSEMBLE,
-    "explain": COMMON | {"bundle", "image", "prompt", "--against", "--method", "--stage", "--out"},
-    "export": COMMON | {"run_folder", "--out", "--labelset", "--to", "--truncate"},
-    "calibrate": COMMON
-    | SCORING
-    | {"bundle", "shards", "--split", "--method", "--threshold", "--false-alarm", "--max-bad"},
-    "embed": COMMON
-    | {"bundle", "shards", "--out", "--split", "--include-text", "--max-bad"}
-    | {"--modalities", "--texts", "--dtype", "--batch-size", "--workers", "--device"},
-    "index": COMMON
-    | {"embeddings", "--out", "--modality", "--include-text", "--add", "--remove"}
-    | {"--target-recall", "--at", "--max-memory", "--queries", "--factory", "--no-dedup", "--seed"}
-    | STORE,
-    "search": COMMON
-    | {"bundle", "index", "--text", "--image", "--vector", "--id", "-k", "--where", "--not-patient", "--other-patients"}
-    | {"--with-text", "--with-vectors", "--domain", "--nprobe", "--ef-search", "--k-factor"}
-    | POLICY
-    | STORE,
-    "rag calibrate": ASKING | {"--risk", "--alpha", "--signal"},
-    "rag export": ASKING | POLICY,
-    "rag route": COMMON | {"--domain", "--out"},
-    "classify": COMMON | SCORING | ENSEMBLE | {"bundle", "images"},
-    "bench": COMMON
-    | {
-        "what",
-        "--batch",
-        "--dim",
-        "--device",
-        "--repeats",
-        "--only",
-        "--shards",
-        "--make",
-        "--size",
-        "--samples",
-        "--out",
-        "--bundle",
-        "--seconds",
-        "--gap",
-        "--queries",
-        "--target-recall",
-        "--max-memory",
-    },
-    "serve": COMMON
-    | {"bundle", "--index", "--labelset", "--host", "--port", "--workers", "--keys", "--new-key", "--local-scopes"}
-    | {"--audit", "--dicomweb", "--max-body-mib", "--max-pixels", "--max-images", "--max-waiting", "--deadline"}
-    | {"--max-batch", "--max-delay-ms", "--decode-threads", "--device", "--precision", "--compile"},
-    "doctor": COMMON,
-}
-
-
-def verbs(parser: argparse.ArgumentParser, prefix: str = "") -> dict[str, argparse.ArgumentParser]:
-    """Name to parser of every verb, those of sources included."""
-    found = {}
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for name, inner in action.choices.items():
-                below = verbs(inner, f"{prefix}{name} ")
-                found |= below or {f"{prefix}{name}": inner}
-    return found
-
-
-def test_verbs_and_flags_are_frozen() -> None:
-    """A new flag is a promise: it is added here on purpose."""
-    found = {
-        name: {(action.option_strings or [action.dest])[-1] for action in parser._actions}
-        for name, parser in verbs(build_parser()).items()
-    }
-    assert found == FLAGS
-
-
-@dataclass(frozen=True)
-class Options:
-    """A source to be."""
-
-    folder: Path = field(metadata={"help": "where 100 % of it lies"})
-    size: int = 8
-    rate: float = 0.5
-    table: Path | None = None
-    kind: Literal["a", "b"] = field(default="a", metadata={"help": "which", "example": "b"})
-    columns: tuple[str, ...] = ("x",)
-    with_text: bool = False
-
-
-def test_fields_of_a_source_become_its_arguments() -> None:
-    parser = argparse.ArgumentParser()
-    data._add_source(parser.add_subparsers(), "toy", Options)
-    args = parser.parse_args(["toy", "here", "--out", "o"])
-    options = {option.name: getattr(args, option.name) for option in fields(Options)}
-    assert Options(**options) == Options(Path("here"))
-    args = parser.parse_args(
-        [
-            "toy",
-            "here",
-            "--out",
-            "o",
-            "--size",
-            "9",
-            "--rate",
-            "1",
-            "--table",
-            "t",
-            "--kind",
-            "b",
-            "--columns",
-            "y",
-            "z",
-            "--with-text",
-            "--workers",
-            "2",
-        ]
-    )
-    options = {option.name: getattr(args, option.name) for option in fields(Options)}
-    assert options == {
-        "folder": Path("here"), "size": 9, "rate": 1.0, "table": Path("t"), "kind": "b", "columns": ["y", "z"],
-        "with_text": True,
-    }  # fmt: skip
-    with pytest.raises(SystemExit):
-        parser.parse_args(["toy", "here", "--out", "o", "--kind", "c"])
-    (toy,) = verbs(parser).values()
-    assert "where 100 % of it lies" in toy.format_help()
-    assert toy.format_help().endswith("medclip-lab prepare toy path/to/toy --kind b --out shards/toy\n")
-
-
-def test_every_verb_has_an_example_that_parses() -> None:
-    for name, parser in verbs(build_parser()).items():
-        assert parser.epilog, name
-        command = parser.epilog.splitlines()[-1].strip()
-        assert command.startswith(f"medclip-lab {name}"), name
-        import shlex
-
-        build_parser().parse_known_args(shlex.split(command)[1:])
 
 
 @pytest.fixture
@@ -299,6 +89,13 @@ def place(toy_bundle: Path, toy_shards: Manifest, toy_run: Path, tmp_path: Path)
         ("evaluate BUNDLE SHARDS --protocol chexzero --no-calibration", "stands alone: leave --no-calibration away"),
         ("evaluate BUNDLE SHARDS --protocol chexzero --baseline TMP/b.json", "stands alone: leave --baseline away"),
         ("evaluate BUNDLE SHARDS --protocol chexzero --show-images", "stands alone: leave --show-images away"),
+        ("evaluate BUNDLE SHARDS --protocol chexzero --labels-from votes", "stands alone: leave --labels-from away"),
+        (
+            "evaluate BUNDLE SHARDS --labels-from label",
+            "no study has a field 'label' with labels; did you mean 'labels'?",
+        ),
+        ("calibrate BUNDLE SHARDS --labels-from TMP/x.csv", "no such file"),
+        ("calibrate BUNDLE SHARDS --average logits", "--average belongs to --ensemble"),
         ("evaluate BUNDLE SHARDS --average logits", "--average belongs to --ensemble"),
         ("classify BUNDLE TMP/image.png --average logits", "--average belongs to --ensemble"),
         ("evaluate BUNDLE SHARDS --labelset nih15", "did you mean 'nih14'?"),
@@ -386,7 +183,7 @@ def test_the_whole_way_by_commands(
     image.write_bytes(next(toy_images(toy_shards)))
     assert run_json(capsys, "classify", bundle, str(image))[0]["labels"]["Edema"]["probability"] is None
     assert main(["classify", bundle, str(image), "--ensemble", bundle, "--average", "logits"]) == 0
-    assert "the bundle is not calibrated" in capsys.readouterr().out
+    assert "the ensemble is not calibrated" in capsys.readouterr().out
     facts = run_json(capsys, "calibrate", bundle, shards, "--split", "train")
     assert facts["hash"]
     assert "patients" not in facts
@@ -397,6 +194,19 @@ def test_the_whole_way_by_commands(
     assert "operating" in capsys.readouterr().out
     assert main(["classify", bundle, str(image), "--score", "max_similarity"]) == 0
     assert "the bundle is calibrated for sigmoid, not for max_similarity" in capsys.readouterr().out
+    table = out / "labels.csv"
+    table.write_text("study_id,edema\n" + "".join(f"study-{number},{number % 2}\n" for number in range(150)))
+    told = run_json(
+        capsys, "evaluate", bundle, shards, "--draws", "10", "--labels-from", str(table), "--no-calibration"
+    )
+    assert told["labels_from"]["labels"]["Edema"]["as"] == "edema"
+    assert told["labels_from"]["labels"]["Cardiomegaly"]["as"] is None
+    assert main(["calibrate", bundle, shards, "--split", "train", "--ensemble", bundle]) == 0
+    assert "of 2 models together" in capsys.readouterr().out
+    assert main(["classify", bundle, str(image), "--ensemble", bundle]) == 0
+    assert "operating" in capsys.readouterr().out
+    assert main(["classify", bundle, str(image), "--ensemble", bundle, "--average", "logits"]) == 0
+    assert "the ensemble is calibrated for mean scores of 2 checkpoints, sigmoid, not for" in capsys.readouterr().out
     told = run_json(capsys, "evaluate", f"local-dir:{bundle}", shards, "--draws", "10")
     assert told["zero_shot"]["calibration"] is None, "another fingerprint, another calibration"
     both = run_json(capsys, "evaluate", bundle, shards, "--draws", "10", "--compare", bundle, "--collapse-texts")

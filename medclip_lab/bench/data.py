@@ -7,14 +7,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from medclip_lab.bench.data_shards import KINDS, Study, given, made, write
-from medclip_lab.doctor import commit, cpu_name, memory_gib
+from medclip_lab.bench.machine import facts
+from medclip_lab.bench.processes import why_failed
 from medclip_lab.errors import UserError
 
 SIDES = ("ours", "webdataset", "open_clip")
@@ -73,12 +72,8 @@ def bench_data(
         "size": size,
         "batch": batch,
         "repeats": repeats,
-        "commit": commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": cpu_name(),
+        **facts(PACKAGES),
         "cores": 1,
-        "memory_gib": memory_gib(),
-        "versions": {name: version(name) for name in PACKAGES},
         "cases": cases,
     }
 
@@ -153,6 +148,6 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", "-m", "medclip_lab.bench.loaders", json.dumps(job)]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | ONE_THREAD)  # noqa: S603 - our own
     if run.returncode:
-        raise RuntimeError(f"{job['side']}: {run.stderr.strip().splitlines()[-1]}")
+        raise RuntimeError(f"{job['side']}: {why_failed(run)}")
     result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return result

@@ -1,11 +1,10 @@
 """Evaluation beside named peers: building a zero-shot classifier, ranking a full gallery, and bootstrap intervals."""
 
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medclip_lab.doctor import commit, cpu_name, memory_gib
+from medclip_lab.bench.gallery import KS, bench_gallery, features
+from medclip_lab.bench.machine import facts
+from medclip_lab.bench.phantoms import bench_calibration, bench_pointing, demo_folder
 from medclip_lab.errors import UserError
 from medclip_lab.evaluation.metrics import patient_weights
 from medclip_lab.evaluation.retrieval import retrieval
@@ -24,9 +25,10 @@ from medclip_lab.inference.labelset import LabelPrompts, LabelSet, unknown
 from medclip_lab.inference.prompts import encode_prompts
 from medclip_lab.models.spec import build_spec
 
-KS = (1, 5, 10)
 LARGEST_FOR_PEER = 20_000
 """Queries up to which the peer's whole matrices of scores, positives and one-hot rows fit an ordinary machine."""
+OF_PHANTOMS = ("calibration", "pointing")
+PACKAGES = ("torch", "numpy", "scikit-learn", "open_clip_torch")
 TOWER = {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 4}
 DEGREES = ["mild", "moderate", "severe", "focal", "diffuse", "patchy", "subtle", "dense", "new", "chronic"]
 SIDES = ["left", "right", "bilateral", "apical", "basal", "perihilar", "central", "peripheral", "upper", "lower"]
@@ -54,6 +56,7 @@ def bench_evaluate(
     dim: int = 512,
     classes: int = 1000,
     only: Sequence[str] | None = None,
+    demo: Path | None = None,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure each part, and its peer in the same run; results must agree.
@@ -62,7 +65,8 @@ def bench_evaluate(
         samples: images, and texts, of the retrieval. The peer is left out above 20,000.
         dim: of their features.
         classes: of the classifier, at most 1,000, each with 80 templates.
-        only: parts by name; None takes all.
+        only: parts by name; None takes all for which there is what they need.
+        demo: folder of a finished demo, which calibration and pointing are measured on.
 
     Raises:
         UserError: an unknown part, or sizes that measure nothing.
@@ -70,22 +74,22 @@ def bench_evaluate(
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "bootstrap": bench_bootstrap,
         "retrieval": lambda: bench_retrieval(samples, dim),
+        "gallery": lambda: bench_gallery(dim=dim),
         "classifier": lambda: bench_classifier(classes),
+        "calibration": lambda: bench_calibration(demo_folder(demo)),
+        "pointing": lambda: bench_pointing(demo_folder(demo)),
     }
     for name in only or ():
         if name not in parts:
             raise UserError(f"bench evaluate: no part is called {unknown(name, list(parts))}")
     if samples < 100 or not 2 <= classes <= 1000:
         raise UserError(f"bench evaluate: at least 100 samples and 2 to 1000 classes, got {samples} and {classes}")
-    result: dict[str, Any] = {
-        "commit": commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": cpu_name(),
-        "memory_gib": memory_gib(),
-        "threads": torch.get_num_threads(),
-    }
+    wanted = set(only or parts) - (set() if only or demo else set(OF_PHANTOMS))
+    if wanted & set(OF_PHANTOMS):
+        demo_folder(demo)  # before anything is measured
+    result: dict[str, Any] = {**facts(PACKAGES), "threads": torch.get_num_threads()}
     for name, part in parts.items():
-        if not only or name in only:
+        if name in wanted:
             result[name] = part()
             if say is not None:
                 say(f"{name}: {result[name]}")
@@ -102,7 +106,7 @@ def bench_bootstrap(samples: int = 10_000, labels: int = 14, draws: int = 1000) 
     start = time.perf_counter()
     weights = patient_weights(patients, draws, 0)
     told = [Scored(str(number), scores[:, number], positive[:, number], known) for number in range(labels)]
-    rows = measure(told, weights).rows
+    rows = measure(told, weights, patients).rows
     seconds = time.perf_counter() - start
     assert all(row["low"] < row["auroc"] < row["high"] for row in rows)
     metrics = [name for name, value in rows[0]["metrics"].items() if value["value"] is not None]
@@ -111,11 +115,8 @@ def bench_bootstrap(samples: int = 10_000, labels: int = 14, draws: int = 1000) 
 
 def bench_retrieval(samples: int, dim: int) -> dict[str, Any]:
     """R@1, 5, 10 both ways, by counting and by the method of CLIP_benchmark 1.6."""
-    rng = np.random.default_rng(0)
-    images = _unit(rng.standard_normal((samples, dim), dtype=np.float32))
-    texts = _unit(images + 0.25 * rng.standard_normal((samples, dim), dtype=np.float32))
+    images, texts = features(samples, dim)
     groups = [str(number) for number in range(samples)]
-    before = _peak_gib()
     start = time.perf_counter()
     found = retrieval(images, texts, groups, groups, KS)
     seconds = time.perf_counter() - start
@@ -123,7 +124,6 @@ def bench_retrieval(samples: int, dim: int) -> dict[str, Any]:
         "samples": samples,
         "dim": dim,
         "seconds": round(seconds, 2),
-        "peak_gib_beyond_features": round(_peak_gib() - before, 2),
         "image_to_text": asdict(found[0]),
         "text_to_image": asdict(found[1]),
     }
@@ -193,22 +193,31 @@ def bench_classifier(classes: int) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The figures as lines for people."""
     lines = []
-    for name in ("bootstrap", "retrieval", "classifier"):
+    for name in ("bootstrap", "retrieval", "gallery", "classifier"):
         if name in result:
             told = result[name]
-            peer = (
-                f"; peer {told['peer_seconds']:.2f} s, {told['times_faster']:.2f} times"
-                if "peer_seconds" in told
-                else ""
-            )
-            lines.append(f"{name:<12}{told['seconds']:.2f} s{peer}")
+            line = f"{name:<12}{told['seconds']:.2f} s"
+            if "peer_seconds" in told:
+                line += f"; peer {told['peer_seconds']:.2f} s, {told['times_faster']:.2f} times"
+            if "peak_gib_beyond_features" in told:
+                line += f"; {told['peak_gib_beyond_features']:.2f} GiB beyond the features"
+            lines.append(line)
+    if "calibration" in result:
+        told = result["calibration"]
+        mean, images = told["mean"], told["test_images"]
+        lines.append(
+            f"{'calibration':<12}error {mean['value']:.4f}, mean of {mean['labels']} labels, {images} test images; a "
+            f"perfect one {mean['if_perfect']:.4f}"
+        )
+    if "pointing" in result:
+        focal = result["pointing"]["mean_focal"]
+        lines.append(
+            f"{'pointing':<12}{focal['pointing']:.3f}, mean of focal findings; chance {focal['chance']:.3f}, best "
+            f"fixed point {focal['fixed']:.3f}"
+        )
     return "\n".join(lines)
 
 
 def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     unit: NDArray[np.float32] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return unit
-
-
-def _peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

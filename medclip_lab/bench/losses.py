@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medclip_lab.bench.drawing import draw
-from medclip_lab.doctor import commit, cpu_name, memory_gib
+from medclip_lab.bench.machine import facts
+from medclip_lab.bench.processes import why_failed
 from medclip_lab.errors import UserError
 from medclip_lab.evaluation.charts import BarRow
 from medclip_lab.inference.bundle import versions
@@ -163,11 +163,9 @@ def bench_losses(
         "batch": batch,
         "dim": dim,
         "device": device,
-        "commit": commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        **facts(),
+        **({"machine": torch.cuda.get_device_name()} if device == "cuda" else {}),
         "threads": torch.get_num_threads(),
-        "machine": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
-        "memory_gib": memory_gib(),
         "versions": versions(),
         "losses": results,
     }
@@ -178,7 +176,7 @@ def _peak(name: str, side: str, batch: int, dim: int, device: str) -> float:
     code = f"from medclip_lab.bench.losses import _measure; _measure({name!r}, {side!r}, {batch}, {dim}, {device!r})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)  # noqa: S603 - our own words
     if run.returncode:
-        raise RuntimeError(run.stderr.strip().splitlines()[-1])
+        raise RuntimeError(why_failed(run))
     return float(json.loads(run.stdout))
 
 

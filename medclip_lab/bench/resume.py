@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -10,12 +9,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from medclip_lab.doctor import commit, cpu_name, memory_gib
+from medclip_lab.bench.machine import facts, memory_mib
+from medclip_lab.bench.processes import why_failed
 from medclip_lab.errors import UserError
 
 SAMPLES_PER_SHARD = 1000
@@ -49,15 +48,12 @@ def bench_resume(samples: int = 1_000_000, batch: int = 64, say: Callable[[str],
         command = [sys.executable, "-W", "ignore", "-m", "medclip_lab.bench.resume", job]
         run = subprocess.run(command, capture_output=True, text=True, env=os.environ | ONE_THREAD)  # noqa: S603 - our own
         if run.returncode:
-            raise RuntimeError(run.stderr.strip().splitlines()[-1])
+            raise RuntimeError(why_failed(run))
         found = json.loads(run.stdout.splitlines()[-1])
     return {
         "samples": samples,
         "batch": batch,
-        "commit": commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": cpu_name(),
-        "memory_gib": memory_gib(),
+        **facts(("torch", "webdataset")),
         **found,
     }
 
@@ -107,7 +103,7 @@ def main() -> None:
     def tokenizer(texts: list[str]) -> torch.Tensor:
         return torch.zeros(len(texts), 1, dtype=torch.int64)
 
-    loaded = _peak_mib()
+    loaded = round(memory_mib(peak=True), 1)
     start = time.perf_counter()
     stream = BatchStream(config, tokenizer, 3 * epoch, start=middle)
     batches = iter(stream)
@@ -115,7 +111,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     for _ in range(200):
         next(batches)
-    peak = _peak_mib()
+    peak = round(memory_mib(peak=True), 1)
     resumed = BatchStream(config, tokenizer, 3 * epoch, start=middle)
     order = resumed.plan.orders["bench"]
     # The rows of the second epoch: those of the run until the resume, and those of the resumed one after it.
@@ -136,10 +132,6 @@ def main() -> None:
         "repeated": sum(value > 1 for value in seen),
     }
     print(json.dumps(result))
-
-
-def _peak_mib() -> float:
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from medclip_lab.bench.data_shards import KINDS, made, write
-from medclip_lab.bench.train import CASES, WARM_UP, Case, facts, run_side, write_model
+from medclip_lab.bench.machine import facts
+from medclip_lab.bench.train import CASES, PACKAGES, Case, run_side, write_model
 from medclip_lab.errors import UserError
 
 FITTED, CHECKED = (4, 8, 16), 12  # rows of the steps that the line is laid through, and of one that it must foretell
-STEPS = 8
+STEPS, WARM_UP = 8, 3
 BYTES_A_PARAMETER = 16  # AdamW in float32: weight, gradient and two moments
 
 
@@ -86,7 +87,7 @@ def bench_scale(say: Callable[[str], None] | None = None) -> dict[str, Any]:
     activation = float(memory[0]) / 2 * VIT_B_16.gflops / (flops / 1e9)
     model, cluster = replace(VIT_B_16, activation_mib=activation), Cluster()
     return {
-        **facts(),
+        **facts(PACKAGES),
         "here": {
             "forward_gflops_a_sample": round(flops / 1e9, 2),
             "matmul_gflops": round(rate, 1),

@@ -15,8 +15,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,12 +22,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from medclip_lab.bench.machine import facts
+from medclip_lab.bench.processes import cpu_seconds
 from medclip_lab.bench.serve_load import send
-from medclip_lab.bench.serve_peers import Bare
-from medclip_lab.doctor import commit, cpu_name, memory_gib
 from medclip_lab.errors import UserError
 
-SIDES = ("medclip-lab", "fastapi", "litserve")
+SIDES = ("medclip-lab", "medclip-lab-onnx", "fastapi", "litserve")
+OURS = SIDES[:2]
+PACKAGES = {"medclip-lab-onnx": ("onnxscript", "onnxruntime"), "litserve": ("litserve",)}
+"""What a side needs beside the service's own."""
 CLIENTS = (1, 4, 16, 64)
 BOUND = 32
 """Places of the service that 64 clients want to enter at once."""
@@ -48,8 +49,11 @@ def bench_serve(
     seconds: float = 10.0,
     repeats: int = 3,
     say: Callable[[str], None] | None = None,
+    minutes: float | None = None,
 ) -> dict[str, Any]:
-    """Latency and throughput over loopback by number of clients, and ratios to the peers.
+    """Latency and throughput over loopback by number of clients, and ratios to the peers; or a mixed load for long.
+
+    "medclip-lab-onnx" is the service with its towers in ONNX Runtime.
 
     Each service runs in a process of its own, the sides in turn, `repeats` times; the ratio at 16 clients is the
     median over repeats. The client shares the machine with the service, for all sides alike.
@@ -59,6 +63,7 @@ def bench_serve(
         only: names of SIDES; all if empty.
         seconds: of each load.
         say: told of each result as it comes.
+        minutes: of a mixed load on our side alone, in place of all else.
 
     Raises:
         UserError: an unknown side, LitServe missing, no bundle.
@@ -68,60 +73,83 @@ def bench_serve(
         raise UserError(f"bench serve: no side is named {unknown[0]!r} (there are {', '.join(SIDES)})")
     if repeats < 1 or seconds <= 0:
         raise UserError(f"bench serve: repeats and seconds must be above 0, got {repeats} and {seconds}")
-    if "litserve" in sides and find_spec("litserve") is None:
-        raise UserError("bench serve: LitServe is not installed: pip install litserve, or name other sides by --only")
+    if minutes is not None and minutes <= 0:
+        raise UserError(f"bench serve: minutes must be above 0, got {minutes}")
+    for side in sides if minutes is None else ():
+        if missing := [name for name in PACKAGES.get(side, ()) if find_spec(name) is None]:
+            packages = " ".join(missing)
+            raise UserError(f"bench serve: {side} needs pip install {packages}, or name other sides by --only")
     tell = say or (lambda _line: None)
     with tempfile.TemporaryDirectory() as folder:
         served = bundle or make_bundle(Path(folder) / "bundle")
         images = [image(seed) for seed in range(8)]
-        bare = bare_latency(served, images)
-        tell(f"bare classifier: {bare:.2f} ms")
+        if minutes is not None:
+            return _facts(()) | {"mixed": mixed(served, images, minutes, Path(folder), tell)}
+        options: dict[str, tuple[str, ...]] = {}
+        if "medclip-lab-onnx" in sides:
+            from medclip_lab.inference.to_onnx import to_onnx
+
+            to_onnx(served, Path(folder) / "onnx")
+            options["medclip-lab-onnx"] = ("--onnx", str(Path(folder) / "onnx"))
+        bare: list[float] = []
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         for _ in range(repeats):
+            bare.append(bare_latency(served, images))
+            tell(f"bare classifier: {bare[-1]:.2f} ms")
             for side in sides:
-                runs[side].append(measure(side, served, images, seconds))
+                runs[side].append(measure(side, served, images, seconds, options=options.get(side, ())))
                 tell(f"{side}: " + ", ".join(f"{n}: {_short(load)}" for n, load in runs[side][-1]["clients"].items()))
         bounded = None
         if "medclip-lab" in sides:
             bounded = measure("medclip-lab", served, images, seconds, (64,), ("--max-waiting", str(BOUND)))
             tell(f"64 clients, {BOUND} places: {_short(bounded['clients']['64'])}")
-    result: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "memory_gib": memory_gib(),
-        "versions": {
-            name: version(name) for name in ("torch", "fastapi", "uvicorn", *(["litserve"] * ("litserve" in sides)))
-        },
+    result: dict[str, Any] = _facts(sides) | {
         "settings": {"max_batch": MAX_BATCH, "max_delay": MAX_DELAY, "seconds": seconds, "repeats": repeats},
-        "bare_p50_ms": round(bare, 2),
+        "bare_p50_ms": [round(one, 2) for one in bare],
         "runs": runs,
         "bounded": bounded,
     }
     return result | {"ratios": ratios(runs, bare, bounded)}
 
 
-def ratios(runs: dict[str, list[dict[str, Any]]], bare: float, bounded: dict[str, Any] | None) -> dict[str, Any]:
+def _facts(sides: Sequence[str]) -> dict[str, Any]:
+    others = [PACKAGES[side][-1] for side in sides if side in PACKAGES]
+    return facts(("torch", "fastapi", "uvicorn", *others))
+
+
+def mixed(
+    bundle: Path, images: Sequence[bytes], minutes: float, folder: Path, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """Every kind of request on our side for a while; the index is made up."""
+    from medclip_lab.bench.serve_mixed import bear, make_index
+    from medclip_lab.inference.encoder import load
+
+    encoder = load(bundle)
+    index = make_index(folder / "index", encoder.fingerprint, encoder.encode_texts(["width"]).shape[1])
+    with started("medclip-lab", bundle, ("--index", str(index))) as (base, process):
+        return bear(base, process, images, minutes, tell)
+
+
+def ratios(
+    runs: dict[str, list[dict[str, Any]]], bare: Sequence[float], bounded: dict[str, Any] | None
+) -> dict[str, Any]:
     """What the figures come to: throughput beside each peer, latency that the service adds, and its tail when full."""
-    ours = runs.get("medclip-lab")
-    if not ours:
-        return {}
     told: dict[str, Any] = {}
-    for peer in runs.keys() - {"medclip-lab"}:
-        pairs = zip(ours, runs[peer], strict=True)
-        told[f"throughput_16_over_{peer}"] = round(
-            statistics.median(
-                a["clients"]["16"]["per_second"] / max(b["clients"]["16"]["per_second"], 1e-9) for a, b in pairs
-            ),
-            2,
-        )
-    told["added_ms_at_1"] = round(statistics.median(run["clients"]["1"]["p50_ms"] for run in ours) - bare, 2)
+    for side in OURS:
+        ours, tail = runs.get(side, []), side.removeprefix("medclip-lab").replace("-", "_")
+        for peer in sorted(runs.keys() - set(OURS)) if ours else ():
+            loads = [(a["clients"]["16"], b["clients"]["16"]) for a, b in zip(ours, runs[peer], strict=True)]
+            for name, figure in (("throughput_16_over", "per_second"), ("cpu_a_request_16_over", "cpu_ms")):
+                found = statistics.median(a[figure] / max(b[figure], 1e-9) for a, b in loads)
+                told[f"{name}_{peer}{tail}"] = round(found, 2)
+        if ours:
+            added = (run["clients"]["1"]["p50_ms"] - alone for run, alone in zip(ours, bare, strict=True))
+            told[f"added_ms_at_1{tail}"] = round(statistics.median(added), 2)
     if bounded:
         load = bounded["clients"]["64"]
-        tail = load["p99_ms"] / load["p50_ms"] if load["answered"] else None
-        told["p99_over_p50_at_64_bounded"] = None if tail is None else round(tail, 2)
-        told["turned_away_at_64_bounded"] = load["statuses"].get("429", 0)
+        told["p99_over_p50_at_64_bounded"] = round(load["p99_ms"] / load["p50_ms"], 2) if load["answered"] else None
+        asked = sum(load["statuses"].values())
+        told["shares_at_64_bounded"] = {name: round(count / asked, 4) for name, count in load["statuses"].items()}
         told["unanswered_at_64_bounded"] = load["statuses"].get("0", 0)
     return told
 
@@ -136,14 +164,17 @@ def measure(
 ) -> dict[str, Any]:
     """Start one side, load it with ever more clients, stop it."""
     encoded = [base64.b64encode(one).decode() for one in images]
-    ours = side == "medclip-lab"
+    ours = side in OURS
     bodies = [json.dumps({"images": [{"data": one}]} if ours else {"data": one}).encode() for one in encoded]
     found: dict[str, Any] = {}
-    with started(side, bundle, options) as base:
+    with started(side, bundle, options) as (base, process):
         url = f"{base}/v1/classify" if ours else f"{base}/classify"
         before = _batches(base) if ours else {}
         for number in clients:
+            cpu = cpu_seconds(process)
             load = send(url, bodies, number, seconds).summary()
+            # Those of the warm-up count here for both.
+            load["cpu_ms"] = round(1000 * (cpu_seconds(process) - cpu) / max(load["sent"], 1), 2)
             if ours:
                 after = _batches(base)
                 load["batches"] = {size: after[size] - before.get(size, 0) for size in after}
@@ -153,15 +184,16 @@ def measure(
 
 
 @contextlib.contextmanager
-def started(side: str, bundle: Path, options: Sequence[str] = ()) -> Iterator[str]:
-    """The address of a side that runs while the block does."""
+def started(side: str, bundle: Path, options: Sequence[str] = ()) -> Iterator[tuple[str, int]]:
+    """The address of a side that runs while the block does, and its process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     batching = [str(MAX_BATCH), str(MAX_DELAY)]
     limits = ["--max-batch", batching[0], "--max-delay-ms", str(1000 * MAX_DELAY)]
+    own = ["medclip_lab", "serve", str(bundle), "--port", port, *limits, *options]
     ways = {
-        "medclip-lab": ["medclip_lab", "serve", str(bundle), "--port", port, *limits, *options],
+        **dict.fromkeys(OURS, own),
         "fastapi": ["medclip_lab.bench.serve_peers", str(bundle), port],
         "litserve": ["medclip_lab.bench.serve_litserve", str(bundle), port, *batching],
     }
@@ -171,7 +203,7 @@ def started(side: str, bundle: Path, options: Sequence[str] = ()) -> Iterator[st
         try:
             base = f"http://127.0.0.1:{port}"
             _wait(process, base, log)
-            yield base
+            yield base, process.pid
         finally:
             # LitServe has children: the whole group goes, asked first.
             with contextlib.suppress(ProcessLookupError):
@@ -209,15 +241,12 @@ def _batches(base: str) -> dict[str, int]:
     return sizes
 
 
-def bare_latency(bundle: Path, images: Sequence[bytes], number: int = 100) -> float:
-    """Median milliseconds from the bytes of an image to its scores, by the classifier alone."""
-    bare, encoded = Bare(bundle), [base64.b64encode(one).decode() for one in images]
-    took = []
-    for turn in range(number + 10):
-        start = time.perf_counter()
-        bare.scores([bare.pixels(encoded[turn % len(encoded)])])
-        took.append(time.perf_counter() - start)
-    return 1000 * statistics.median(took[10:])
+def bare_latency(bundle: Path, images: Sequence[bytes]) -> float:
+    """Median milliseconds from an image to its scores by the classifier alone, in a process of its own as all sides."""
+    command = [sys.executable, "-m", "medclip_lab.bench.serve_peers", str(bundle)]
+    encoded = "\n".join(base64.b64encode(one).decode() for one in images)
+    told = subprocess.run(command, input=encoded, capture_output=True, text=True, check=True)  # noqa: S603 - ours
+    return float(told.stdout)
 
 
 def image(seed: int, side: int = 512) -> bytes:
@@ -232,8 +261,8 @@ def image(seed: int, side: int = 512) -> bytes:
     return buffer.getvalue()
 
 
-def make_bundle(out: Path) -> Path:
-    """A bundle of SPEC with weights by lot."""
+def make_bundle(out: Path, spec: dict[str, Any] = SPEC, size: int = 128) -> Path:
+    """A bundle with weights by lot, for images of this size."""
     import torch
 
     from medclip_lab.config import shipped
@@ -245,9 +274,9 @@ def make_bundle(out: Path) -> Path:
     out.mkdir(parents=True)
     write_bundle(
         out,
-        weights={name: value.contiguous() for name, value in build_spec(SPEC).state_dict().items()},
-        model_cfg=SPEC,
-        preprocess=PreprocessConfig(size=128),
+        weights={name: value.contiguous() for name, value in build_spec(spec).state_dict().items()},
+        model_cfg=spec,
+        preprocess=PreprocessConfig(size=size),
         tokenizer=None,
         labelsets=[shipped("labelsets/chexpert14.yaml")],
         card={"weights": "by lot"},
@@ -262,12 +291,14 @@ def _short(load: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The last run of each side, line by line, and the ratios."""
-    lines = [f"{'side':<14}{'clients':>8}{'per s':>9}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}"]
+    """The last run of each side, line by line, and the ratios; of a mixed load what came of it."""
+    if "mixed" in result:
+        return "\n".join(f"{name}: {value}" for name, value in result["mixed"].items() if name != "memory_mib")
+    lines = [f"{'side':<18}{'clients':>8}{'per s':>9}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}{'cpu ms':>9}"]
     for side, runs in result["runs"].items():
         for number, load in runs[-1]["clients"].items():
-            figures = "".join(f"{load[name]!s:>9}" for name in ("per_second", "p50_ms", "p95_ms", "p99_ms"))
-            lines.append(f"{side:<14}{number:>8}{figures}")
+            figures = "".join(f"{load[name]!s:>9}" for name in ("per_second", "p50_ms", "p95_ms", "p99_ms", "cpu_ms"))
+            lines.append(f"{side:<18}{number:>8}{figures}")
     lines.append(f"bare classifier: {result['bare_p50_ms']} ms")
     lines += [f"{name}: {value}" for name, value in result["ratios"].items()]
     return "\n".join(lines)

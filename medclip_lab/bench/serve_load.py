@@ -19,6 +19,8 @@ class Load:
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
     """Seconds of each answered request."""
+    sent: int = 0
+    """Requests in all, those of the warm-up included."""
     statuses: Counter[int] = field(default_factory=Counter)
     """HTTP statuses; 0 is a request that got no answer."""
     stages: dict[str, list[float]] = field(default_factory=dict)
@@ -27,7 +29,7 @@ class Load:
     def summary(self) -> dict[str, Any]:
         """Milliseconds at percentiles, requests a second, and statuses."""
         done = len(self.latencies)
-        result: dict[str, Any] = {"answered": done, "per_second": round(done / self.seconds, 2)}
+        result: dict[str, Any] = {"sent": self.sent, "answered": done, "per_second": round(done / self.seconds, 2)}
         for share in (50, 95, 99):
             result[f"p{share}_ms"] = round(1000 * float(np.percentile(self.latencies, share)), 2) if done else None
         result["statuses"] = {str(status): count for status, count in sorted(self.statuses.items())}
@@ -60,6 +62,7 @@ async def _send(url: str, bodies: Sequence[bytes], clients: int, seconds: float,
         async def client(number: int) -> None:
             while (start := time.perf_counter()) < until:
                 number += 1
+                load.sent += 1
                 status, answer = 0, None
                 try:
                     async with session.post(url, data=bodies[number % len(bodies)]) as response:

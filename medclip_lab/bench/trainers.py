@@ -6,7 +6,6 @@ Each runs in a process of its own and notes when each of its steps begins.
 import json
 import logging
 import math
-import resource
 import sys
 import tempfile
 import time
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from medclip_lab.bench.machine import memory_mib
 from medclip_lab.training.run import RunConfig
 
 Moments = list[tuple[float, float]]
@@ -28,8 +28,7 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     moments: Moments = []
     {"train": our_trainer, "bare": bare_loop, "open_clip": their_trainer}[job["side"]](job, moments)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"moments": moments, "peak_mib": round(peak, 1)}))
+    print(json.dumps({"moments": moments, "peak_mib": round(memory_mib(peak=True), 1)}))
 
 
 def run_config(job: dict[str, Any], out: str) -> RunConfig:

@@ -74,8 +74,12 @@ class Corpus:
         """Queries that no index was built or tuned with."""
         return next(self.blocks(count, part=1))
 
-    def write(self, folder: Path) -> Path:
-        """An embeddings folder with these vectors, a block a shard."""
+    def write(self, folder: Path, bundle: str = "0" * 64) -> Path:
+        """An embeddings folder with these vectors, a block a shard.
+
+        Args:
+            bundle: fingerprint of the one that made them, as it were.
+        """
         empty = pa.Table.from_pylist([], STATUS_SCHEMA)
         with atomic_folder(folder) as made:
             names = []
@@ -85,7 +89,7 @@ class Corpus:
                 (made / stem).mkdir()
                 tables = {name: _table(name, number * BLOCK, values) for name, values in arrays.items()}
                 write_part(made / stem, dict(arrays), tables, empty)
-            facts = {"format": FORMAT, "bundle": "0" * 64, "source": dict.fromkeys(names, ""), "samples": self.size}
+            facts = {"format": FORMAT, "bundle": bundle, "source": dict.fromkeys(names, ""), "samples": self.size}
             write_json(made / MANIFEST, facts | {"include_text": False, "texts": "report"})
         return folder
 

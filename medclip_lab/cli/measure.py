@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medclip_lab.cli.common import Verbs, add_verb, say
+from medclip_lab.errors import UserError
 
 
 def add_bench(verbs: Verbs) -> None:
@@ -19,12 +20,13 @@ def add_bench(verbs: Verbs) -> None:
     )
     parser.add_argument(
         "what",
-        choices=["losses", "data", "resume", "train", "scale", "evaluate", "index", "serve"],
+        choices=["losses", "data", "resume", "train", "scale", "evaluate", "index", "serve", "precision"],
         help="losses: forward and backward beside open_clip's; data: training batches a second beside open_clip's; "
         "resume: going on in the middle of an epoch; train: samples a second beside a bare loop and open_clip's "
         "trainer; scale: a model of a step fitted here and taken to many GPUs; evaluate: building classifiers, "
         "full-gallery retrieval, intervals; index: recall, speed and memory beside plain faiss; serve: the service "
-        "under load beside FastAPI and LitServe",
+        "under load beside FastAPI and LitServe; precision: the image tower on the CPU in bfloat16, compiled, by ONNX "
+        "Runtime and in int8, and what that costs in AUROC",
     )
     parser.add_argument(
         "--batch", type=int, default=None, help="rows of features (default: 8192; on a GPU several); data: samples (64)"
@@ -42,8 +44,8 @@ def add_bench(verbs: Verbs) -> None:
         "--only",
         nargs="+",
         default=None,
-        help="names of losses, of cases of train, or of parts of evaluate: bootstrap, retrieval, classifier "
-        "(default: all)",
+        help="names of losses, of cases of train, or of parts of evaluate: bootstrap, retrieval, gallery, classifier, "
+        "calibration, pointing (default: all)",
     )
     data = parser.add_argument_group("data, resume, train")
     data.add_argument("--shards", nargs="+", type=Path, default=[], help="folders of shards to read")
@@ -59,11 +61,36 @@ def add_bench(verbs: Verbs) -> None:
     index = parser.add_argument_group("index (--dim: 512 by default)")
     index.add_argument("--gap", type=float, default=1.0, help="how far images and texts lie apart (default: 1)")
     index.add_argument("--queries", type=int, default=500, help="of each direction (default: 500)")
-    index.add_argument("--target-recall", type=float, default=0.95, help="asked of ours (default: 0.95)")
-    index.add_argument("--max-memory", default=None, help="given to ours, as 1GB (default: 3/4 of the machine's)")
-    serve = parser.add_argument_group("serve")
-    serve.add_argument("--bundle", type=Path, default=None, help="to serve (default: a small one of random weights)")
+    index.add_argument(
+        "--target-recall", type=float, default=None, help="asked of ours (default: 0.95; exact: 1; targets: 0.99)"
+    )
+    index.add_argument(
+        "--max-memory", default=None, help="given to ours, as 1GB (default: 3/4 of the machine's; million: 1GB)"
+    )
+    index.add_argument(
+        "--case",
+        choices=["compare", "exact", "million", "targets", "embed", "risk"],
+        default="compare",
+        help="compare: beside plain faiss and autofaiss; exact: 377,110 vectors beside faiss's exact kinds; million: "
+        "1,000,000 in 1GB; targets: recall of four corpora, --seeds of each; embed: embeddings beside the bare "
+        "encoder; risk: the calibrated policy over --repeats splits (200)",
+    )
+    index.add_argument("--seeds", type=int, default=5, help="of targets (default: 5)")
+    index.add_argument(
+        "--embeddings", type=Path, default=None, help="folder that embed wrote, for risk (default: made vectors)"
+    )
+    evaluate = parser.add_argument_group("evaluate")
+    evaluate.add_argument(
+        "--demo", type=Path, default=None, help="folder of medclip-lab demo, for calibration and pointing"
+    )
+    serve = parser.add_argument_group("serve, precision (--shards: test images with labels)")
+    serve.add_argument(
+        "--bundle", type=Path, default=None, help="to serve, or to embed with (default: one of random weights)"
+    )
     serve.add_argument("--seconds", type=float, default=10.0, help="of each load (default: 10)")
+    serve.add_argument(
+        "--minutes", type=float, default=None, help="of a mixed load on ours alone: memory and failures (default: none)"
+    )
 
 
 def _run_bench(args: argparse.Namespace) -> None:
@@ -76,6 +103,7 @@ def _run_bench(args: argparse.Namespace) -> None:
         "evaluate": _bench_evaluate,
         "index": _bench_index,
         "serve": _bench_serve,
+        "precision": _bench_precision,
     }
     benches[args.what](args)
 
@@ -122,7 +150,16 @@ def _bench_train(args: argparse.Namespace) -> None:
 def _bench_serve(args: argparse.Namespace) -> None:
     from medclip_lab.bench.serve import bench_serve, table
 
-    _keep(args, bench_serve(args.bundle, args.only or (), args.seconds, args.repeats or 3, _tell), table)
+    _keep(args, bench_serve(args.bundle, args.only or (), args.seconds, args.repeats or 3, _tell, args.minutes), table)
+
+
+def _bench_precision(args: argparse.Namespace) -> None:
+    from medclip_lab.bench.precision import bench_precision, table
+
+    shards = args.shards[0] if args.shards else None
+    samples = 256 if args.samples is None else args.samples
+    batch, repeats = args.batch or 16, args.repeats or 5
+    _keep(args, bench_precision(args.bundle, shards, args.only or (), samples, batch, repeats, _tell), table)
 
 
 def _bench_scale(args: argparse.Namespace) -> None:
@@ -156,20 +193,42 @@ def _bench_evaluate(args: argparse.Namespace) -> None:
     from medclip_lab.bench.evaluate import bench_evaluate, table
 
     samples = 20_000 if args.samples is None else args.samples
-    _keep(args, bench_evaluate(samples, args.dim or 512, only=args.only, say=_tell), table)
+    _keep(args, bench_evaluate(samples, args.dim or 512, only=args.only, demo=args.demo, say=_tell), table)
 
 
 def _bench_index(args: argparse.Namespace) -> None:
+    from medclip_lab.bench.cases import bench_exact, bench_million, told
     from medclip_lab.bench.index import bench_index, draw_index
+    from medclip_lab.bench.targets import bench_targets
     from medclip_lab.bench.vectors import Corpus
     from medclip_lab.retrieval.choose import Goals
     from medclip_lab.retrieval.memory import parse_size
 
-    samples = 100_000 if args.samples is None else args.samples
-    corpus = Corpus(size=samples, dim=args.dim or 512, gap=args.gap)
-    memory = None if args.max_memory is None else parse_size(args.max_memory)
-    result = bench_index(corpus, Goals(args.target_recall, max_memory=memory), args.queries, args.only, _tell)
-    _keep(args, result, draw=draw_index)
+    if args.only and args.case not in ("compare", "targets"):
+        raise UserError(f"bench index: --case {args.case} is measured whole: leave --only out")
+    if args.case == "embed":
+        from medclip_lab.bench.embedding import bench_embed
+
+        _keep(args, bench_embed(args.bundle, args.samples or 256, args.repeats or 5, _tell), told)
+        return
+    if args.case == "risk":
+        from medclip_lab.bench import risk
+
+        made = Corpus(size=args.samples or 20_000, dim=args.dim or 64, gap=args.gap)
+        _keep(args, risk.bench_risk(args.embeddings or made, args.repeats or 200, _tell), risk.told)
+        return
+    size = {"exact": 377_110, "million": 1_000_000}.get(args.case, 100_000)
+    corpus = Corpus(size=size if args.samples is None else args.samples, dim=args.dim or 512, gap=args.gap)
+    memory = args.max_memory or ("1GB" if args.case == "million" else None)
+    target = args.target_recall or {"exact": 1.0, "targets": 0.99}.get(args.case, 0.95)
+    goals = Goals(target, max_memory=None if memory is None else parse_size(memory))
+    if args.case == "targets":
+        _keep(args, bench_targets(corpus, goals, args.queries, args.seeds, args.only, _tell), told)
+    elif args.case in ("exact", "million"):
+        measure = bench_exact if args.case == "exact" else bench_million
+        _keep(args, measure(corpus, goals, args.queries, _tell), told)
+    else:
+        _keep(args, bench_index(corpus, goals, args.queries, args.only, _tell), draw=draw_index)
 
 
 def _bench_on_gpu(args: argparse.Namespace) -> None:
