@@ -1,11 +1,14 @@
 """The load on the service: what is counted, what it comes to; and the service as a process of its own."""
 
+import asyncio
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -64,6 +67,50 @@ def test_a_side_whose_packages_are_missing(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("medclip_lab.bench.serve.find_spec", lambda name: None if name == "onnxruntime" else name)
     with pytest.raises(UserError, match="medclip-lab-onnx needs pip install onnxruntime, or name other sides"):
         bench_serve()
+
+
+def test_what_a_client_counts() -> None:
+    """Answers, refusals, connections that break and answers of no length, from a server that gives them in turn."""
+    answers = [
+        b'HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\n{"timings_ms": {"model": 2.5}}',
+        b"HTTP/1.1 429 Too Many Requests\r\ncontent-length: 2\r\nConnection: close\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 50\r\n\r\n{}",  # and then it ends
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]",
+    ]
+    seen: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                seen.append(head + await reader.readexactly(3))
+                number = (len(seen) - 1) % len(answers)
+                writer.write(answers[number])
+                if number in (1, 2):
+                    break
+        writer.close()
+
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(asyncio.start_server(answer, sock=listening))
+        thread = threading.Thread(target=loop.run_forever)
+        thread.start()
+        load = send(f"http://{address}/v1/classify", [b"[1]"], clients=1, seconds=0.5, warm_up=0.0)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+    assert seen[0].startswith(b"POST /v1/classify HTTP/1.1\r\nhost: " + address.encode())
+    assert seen[0].endswith(b"content-type: application/json\r\ncontent-length: 3\r\n\r\n[1]")
+    assert load.sent == len(seen)
+    rounds = load.sent // len(answers)
+    assert rounds > 2
+    for status, share in ((200, 2), (429, 1), (0, 2)):
+        assert share * rounds <= load.statuses[status] <= share * (rounds + 1)
+    assert set(load.stages) == {"model"}
+    assert set(load.stages["model"]) == {2.5}
+    assert len(load.latencies) == load.statuses[200]
 
 
 def test_growth_is_from_after_the_warm_up_to_the_end() -> None:

@@ -65,15 +65,17 @@ def add_bench(verbs: Verbs) -> None:
         "--target-recall", type=float, default=None, help="asked of ours (default: 0.95; exact: 1; targets: 0.99)"
     )
     index.add_argument(
-        "--max-memory", default=None, help="given to ours, as 1GB (default: 3/4 of the machine's; million: 1GB)"
+        "--max-memory",
+        default=None,
+        help="given to ours, as 1GB (default: 3/4 of the machine's; million: 1GB; on-disk: 600MB)",
     )
     index.add_argument(
         "--case",
-        choices=["compare", "exact", "million", "targets", "embed", "risk"],
+        choices=["compare", "exact", "million", "on-disk", "targets", "embed", "risk"],
         default="compare",
         help="compare: beside plain faiss and autofaiss; exact: 377,110 vectors beside faiss's exact kinds; million: "
-        "1,000,000 in 1GB; targets: recall of four corpora, --seeds of each; embed: embeddings beside the bare "
-        "encoder; risk: the calibrated policy over --repeats splits (200)",
+        "1,000,000 in 1GB; on-disk: the same in 600MB; targets: recall of four corpora, --seeds of each; embed: "
+        "embeddings beside the bare encoder; risk: the calibrated policy over --repeats splits (200)",
     )
     index.add_argument("--seeds", type=int, default=5, help="of targets (default: 5)")
     index.add_argument(
@@ -217,14 +219,15 @@ def _bench_index(args: argparse.Namespace) -> None:
         made = Corpus(size=args.samples or 20_000, dim=args.dim or 64, gap=args.gap)
         _keep(args, risk.bench_risk(args.embeddings or made, args.repeats or 200, _tell), risk.told)
         return
-    size = {"exact": 377_110, "million": 1_000_000}.get(args.case, 100_000)
+    size = {"exact": 377_110, "million": 1_000_000, "on-disk": 1_000_000}.get(args.case, 100_000)
     corpus = Corpus(size=size if args.samples is None else args.samples, dim=args.dim or 512, gap=args.gap)
-    memory = args.max_memory or ("1GB" if args.case == "million" else None)
+    memory = args.max_memory or {"million": "1GB", "on-disk": "600MB"}.get(args.case)
     target = args.target_recall or {"exact": 1.0, "targets": 0.99}.get(args.case, 0.95)
-    goals = Goals(target, max_memory=None if memory is None else parse_size(memory))
+    on_disk = True if args.case == "on-disk" else None
+    goals = Goals(target, max_memory=None if memory is None else parse_size(memory), on_disk=on_disk)
     if args.case == "targets":
         _keep(args, bench_targets(corpus, goals, args.queries, args.seeds, args.only, _tell), told)
-    elif args.case in ("exact", "million"):
+    elif args.case in ("exact", "million", "on-disk"):
         measure = bench_exact if args.case == "exact" else bench_million
         _keep(args, measure(corpus, goals, args.queries, _tell), told)
     else:

@@ -90,13 +90,20 @@ def add_index(verbs: Verbs) -> None:
         "--dedup", action=argparse.BooleanOptionalAction, default=None, help="one vector for copies (default: of texts)"
     )
     goals.add_argument("--seed", type=int, default=None, help="which queries are held out (default: 0)")
+    goals.add_argument(
+        "--on-disk",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="lists stay on the disk, also while they are made (default: if nothing fits into the memory)",
+    )
+    goals.add_argument("--processes", type=int, default=None, help="that fill lists on the disk (default: one a core)")
     change = parser.add_argument_group("change an index").add_mutually_exclusive_group()
     change.add_argument("--add", type=Path, nargs="+", default=None, help="embeddings to add to the index --out")
     change.add_argument("--remove", type=Path, default=None, help="a file of study ids, a line each, to remove from it")
     add_store(parser)
 
 
-GOALS = ("target_recall", "at", "max_memory", "queries", "factory", "dedup", "seed")
+GOALS = ("target_recall", "at", "max_memory", "queries", "factory", "dedup", "seed", "on_disk", "processes")
 
 
 def _refuse_beside(what: str, given: dict[str, Any]) -> None:

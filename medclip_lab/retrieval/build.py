@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from medclip_lab.retrieval.embeddings import MODALITIES, Embeddings
 from medclip_lab.retrieval.families import import_faiss
 from medclip_lab.retrieval.gallery import Gallery, make_gallery
 from medclip_lab.retrieval.memory import Meter, release
+from medclip_lab.retrieval.on_disk import workshop
 from medclip_lab.retrieval.parameters import Parameters
 from medclip_lab.retrieval.store import FORMATS, MANIFEST, RowWriter, changing, commit, save_array, save_index
 from medclip_lab.retrieval.withdrawn import Withdrawn, withdrawn_from
@@ -51,11 +53,12 @@ def build_index(
         raise UserError(f"index: modality {modality!r} is unknown, one of {', '.join(MODALITIES)} expected")
     out = Path(out).expanduser()
     refuse_to_replace(out, MANIFEST, FORMATS, "index")
-    if not (out / MANIFEST).exists():
-        return _build(embeddings, out, modality, include_text, goals, say or _to_stderr, {})
-    with changing(out):  # all the while: a removal in between would be forgotten
-        old = read_json(out / MANIFEST, "index")
-        return _build(embeddings, out, modality, include_text, goals, say or _to_stderr, old)
+    old: dict[str, Any] = {}
+    with ExitStack() as stack:
+        if (out / MANIFEST).exists():
+            stack.enter_context(changing(out))  # all the while: a removal in between would be forgotten
+            old = read_json(out / MANIFEST, "index")
+        return _build(embeddings, out, modality, include_text, goals, say or _to_stderr, old, stack)
 
 
 def _build(
@@ -66,8 +69,9 @@ def _build(
     goals: Goals,
     say: Callable[[str], None],
     old: dict[str, Any],
+    stack: ExitStack,
 ) -> dict[str, Any]:
-    """`old` is the manifest of the index that is replaced."""
+    """`old` is the manifest of the index that is replaced; what `stack` holds ends with the build."""
     faiss = import_faiss()
     withdrawn, first_id = withdrawn_from(old, out), int(old.get("next_id", 0))
     meter = Meter(goals.max_memory)
@@ -78,15 +82,16 @@ def _build(
     dedup = modality == "text" if goals.dedup is None else goals.dedup
     gallery = make_gallery(folders, modality, goals.queries, dedup, goals.seed, withdrawn)
     release()
-    choice = choose(gallery, goals, meter, say)
+    processes = goals.processes or os.cpu_count() or 1
+    choice = choose(gallery, goals, meter, say, lambda: stack.enter_context(workshop(out, processes)))
     meter.check()
-    _add_held_out(choice.index, gallery)
+    save = _with_held_out(choice, gallery)
 
     def write(folder: Path) -> dict[str, Path]:
         with RowWriter(folder / "rows.arrow") as rows:
             write_rows(rows, folders, modality, include_text, first_id, withdrawn)
         return {
-            "vectors": save_index(folder / "vectors.faiss", choice.index),
+            **save(folder),
             "rows": rows.path,
             "starts": save_array(folder / "starts.npy", gallery.groups.starts),
             "members": save_array(folder / "members.npy", gallery.groups.members),
@@ -100,6 +105,7 @@ def _build(
         "dim": gallery.dim,
         "metric": "inner product of unit vectors",
         "factory": choice.factory,
+        "on_disk": choice.shop is not None,
         "parameters": {name: given.given() for name, given in choice.parameters.items()},
         "text_included": include_text,
         "faiss": faiss.__version__,
@@ -123,11 +129,18 @@ def open_all(embeddings: Folders) -> list[Embeddings]:
     return [Embeddings(folder) for folder in named]
 
 
-def _add_held_out(index: Any, gallery: Gallery) -> None:
+def _with_held_out(choice: Choice, gallery: Gallery) -> Callable[[Path], dict[str, Path]]:
+    """Add the held-out; returns what writes the index into a folder and tells the files of its roles."""
+    if choice.shop is not None:
+        choice.index = None  # or its lists would keep their room on the disk
+        choice.shop.add(gallery.held_out, len(gallery.main))
+        lists = choice.shop.merge()
+        return lambda _: lists.roles()
     for _, block in gallery.held_out.blocks():
-        index.add(block)
-    assert index.ntotal == gallery.size
+        choice.index.add(block)
+    assert choice.index.ntotal == gallery.size
     release()
+    return lambda folder: {"vectors": save_index(folder / "vectors.faiss", choice.index)}
 
 
 def _measured(choice: Choice, goals: Goals, gallery: Gallery, meter: Meter) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """From goals to an index: what fits the memory is built, tuned and measured; what reaches the recall is taken."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,9 @@ from medclip_lab.errors import UserError
 from medclip_lab.retrieval import families
 from medclip_lab.retrieval.embeddings import Arrays, Vectors
 from medclip_lab.retrieval.gallery import Gallery
+from medclip_lab.retrieval.mapped_lists import can_be_mapped
 from medclip_lab.retrieval.memory import Meter, release, show_size
+from medclip_lab.retrieval.on_disk import Workshop, open_lists, process_bytes
 from medclip_lab.retrieval.parameters import Parameters
 from medclip_lab.retrieval.recall import Queries, find_truth
 from medclip_lab.retrieval.tune import MARGIN, Tuned, tune
@@ -26,6 +29,8 @@ ASKED = 400
 """Queries of each direction that the sample is asked."""
 ROW_BYTES, MORE_BYTES = 32, 150
 """Of each row: its order and its group while the index is built; before, also its study, its key and its copies."""
+FEWEST_LISTS = 64
+"""Below, an index on the disk is hardly more than a scan of all of it."""
 QUICKER = 0.9
 """A kind of less precision has to take less than this share of the time of one with more."""
 
@@ -49,8 +54,14 @@ class Goals:
     seed: int = 0
     exact_values: int | None = None
     """Numbers (vectors times dimensions) up to which exact kinds come first; None takes `EXACT_VALUES`."""
+    on_disk: bool | None = None
+    """Lists that stay on the disk and are read there; None means so where nothing fits into the memory."""
+    processes: int | None = None
+    """That fill such lists, as far as the memory goes; None takes one a core."""
 
     def __post_init__(self) -> None:
+        if self.processes is not None and self.processes < 1:
+            raise UserError(f"processes: at least 1, got {self.processes}")
         if not 0 < self.target_recall <= 1:
             raise UserError(f"target-recall: a share above 0 and up to 1, got {self.target_recall}")
         if self.at < 1:
@@ -102,20 +113,37 @@ class Choice:
     parameters: dict[str, Parameters]
     trial: Trial
     trials: list[Trial]
+    shop: Workshop | None = None
+    """Where the lists were made that lie on the disk."""
 
 
-def choose(gallery: Gallery, goals: Goals, meter: Meter, say: Callable[[str], None]) -> Choice:
+def choose(
+    gallery: Gallery, goals: Goals, meter: Meter, say: Callable[[str], None], open_shop: Callable[[], Workshop]
+) -> Choice:
     """Build an index that reaches the goals on the gallery's held-out queries.
+
+    Args:
+        open_shop: called once, if lists are to lie on the disk.
 
     Raises:
         UserError: nothing fits the memory, or nothing that fits reaches the recall.
     """
-    return _Search(gallery, goals, meter, say).run()
+    return _Search(gallery, goals, meter, say, open_shop).run()
 
 
 class _Search:
-    def __init__(self, gallery: Gallery, goals: Goals, meter: Meter, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        gallery: Gallery,
+        goals: Goals,
+        meter: Meter,
+        say: Callable[[str], None],
+        open_shop: Callable[[], Workshop],
+    ) -> None:
         self.gallery, self.goals, self.meter, self.say = gallery, goals, meter, say
+        self._open_shop = open_shop
+        self.shop: Workshop | None = None
+        self.on_disk = bool(goals.on_disk)
         self.trials: list[Trial] = []
         self.values = gallery.size * gallery.dim
         self.exact_values = EXACT_VALUES if goals.exact_values is None else goals.exact_values
@@ -129,6 +157,8 @@ class _Search:
         others = [key for key in fitting if key not in families.EXACT]
         if self.goals.factory is not None:
             choice = self._first_that_meets(fitting)
+        elif self.on_disk:
+            choice = self._first_that_meets(self._screened(others))
         elif self.values <= self.exact_values:
             choice = self._quickest_exact(exact) or self._first_that_meets(self._screened(others))
         else:
@@ -146,7 +176,8 @@ class _Search:
     def _way_out(self) -> str:
         left = [trial for trial in self.trials if not trial.tuned]
         more = f"raise max-memory to {show_size(min(trial.predicted_bytes for trial in left))}, or " if left else ""
-        return f"{more}lower the target"
+        disk = "" if self.on_disk or self.goals.factory else "leave the lists --on-disk, or "
+        return f"{more}{disk}lower the target"
 
     def _fitting(self) -> list[str]:
         """Factory strings whose building fits, by prediction.
@@ -157,6 +188,12 @@ class _Search:
         size, dim = self.gallery.size, self.gallery.dim
         if self.goals.factory is not None:
             keys = [self.goals.factory]
+            if self.on_disk and not can_be_mapped(families.make(keys[0], dim)):
+                raise UserError(
+                    f"factory: the lists of {keys[0]!r} cannot stay on the disk: IVF with SQ, PQ or Flat can"
+                )
+        elif self.on_disk:
+            keys = self._kinds_on_disk()
         elif self.values <= min(PLAIN_VALUES, self.exact_values):
             keys = [*families.EXACT[:1]]
         else:
@@ -165,18 +202,47 @@ class _Search:
         for key, taken in predicted.items():
             if taken > self.meter.limit:
                 self.trials.append(Trial(key, size, taken, "more than max-memory"))
-        if min(predicted.values()) > self.meter.limit:
-            least = min(predicted, key=lambda key: predicted[key])
-            raise UserError(
-                f"max-memory: {show_size(self.meter.limit)} is too little for {size} vectors of {dim} dimensions: "
-                f"at least {show_size(predicted[least])} ({least})"
-            )
-        return [key for key in keys if predicted[key] <= self.meter.limit]
+        fitting = [key for key in keys if predicted[key] <= self.meter.limit]
+        if fitting:
+            return fitting
+        least = min(predicted, key=lambda key: predicted[key])
+        needed, where = predicted[least], ""
+        if self.goals.factory is None and self.goals.on_disk is None:
+            self.on_disk = True
+            key = self._kinds_on_disk()[0]
+            if self.predicted(key, size) <= self.meter.limit:
+                self.say(f"  nothing fits into {show_size(self.meter.limit)}: lists stay on the disk")
+                return self._kinds_on_disk()
+            if self.predicted(key, size) < needed:
+                least, needed, where = key, self.predicted(key, size), " on the disk"
+        raise UserError(
+            f"max-memory: {show_size(self.meter.limit)} is too little for {size} vectors of {dim} dimensions: "
+            f"at least {show_size(needed)} ({least}{where})"
+        )
+
+    def _kinds_on_disk(self) -> list[str]:
+        """Those with as many lists as can be trained in the memory; fewer are longer to read."""
+        size = self.gallery.size
+        lists = families.list_count(size)
+        while lists > FEWEST_LISTS and self.predicted(families.on_disk(lists)[0], size) > self.meter.limit:
+            lists //= 2
+        return families.on_disk(lists)
 
     def predicted(self, key: str, size: int) -> int:
-        """Bytes of the process at the peak of a build."""
+        """Bytes at the peak of a build, of all its processes."""
         index = families.make(key, self.gallery.dim)
-        return self.meter.start + max(families.build_bytes(index, size) + ROW_BYTES * size, MORE_BYTES * size)
+        if self.on_disk:
+            taken = max(
+                families.WORKSPACE + families.training_bytes(index, size), self._processes(index) * process_bytes(index)
+            )
+        else:
+            taken = families.build_bytes(index, size)
+        return self.meter.start + max(taken + ROW_BYTES * size, MORE_BYTES * size)
+
+    def _processes(self, index: Any) -> int:
+        """As many as are asked for and fit into the memory."""
+        room = self.meter.limit - self.meter.start - ROW_BYTES * self.gallery.size
+        return max(1, min(self.goals.processes or os.cpu_count() or 1, room // process_bytes(index)))
 
     def _quickest_exact(self, keys: list[str]) -> Choice | None:
         """Of the exact kinds that reach the target, the quickest for a query that comes alone."""
@@ -205,6 +271,7 @@ class _Search:
         main = self.gallery.main
         trial = Trial(key, len(main), self.predicted(key, self.gallery.size))
         self._built = None
+        self.meter.unmapped()
         release()
         start = time.perf_counter()
         index = self._make(key)
@@ -222,9 +289,22 @@ class _Search:
             rng = np.random.default_rng(self.goals.seed)
             families.train(index, main.take(np.sort(rng.choice(len(main), rows, replace=False))))
             release()
+        if self.on_disk:
+            return self._fill_on_disk(index)
         main_rows, held_rows = ((lambda given=given: (block for _, block in given.blocks())) for given in (main, held))
         families.add(index, main_rows, held_rows, self.gallery.size, self.meter.check)
         return index
+
+    def _fill_on_disk(self, index: Any) -> Any:
+        self.shop = self.shop or self._open_shop()
+        self.shop.processes = self._processes(index)
+        self.shop.start(index)
+        del index
+        self.shop.add(self.gallery.main, 0)
+        self.meter.beside(self.shop.taken)
+        merged = self.shop.merge()
+        self.meter.mapping()
+        return open_lists(merged)
 
     def _choice(self, trial: Trial) -> Choice:
         if self._built is None or self._built[0] != trial.factory:
@@ -232,7 +312,7 @@ class _Search:
             release()
             self._built = trial.factory, self._make(trial.factory)
         parameters = {name: tuned.parameters for name, tuned in trial.tuned.items()}
-        return Choice(self._built[1], trial.factory, parameters, trial, self.trials)
+        return Choice(self._built[1], trial.factory, parameters, trial, self.trials, self.shop)
 
     def _screened(self, keys: list[str]) -> list[str]:
         """The approximate kinds that reach the target on a sample, the quickest first."""
@@ -264,6 +344,7 @@ class _Search:
         for name, given in queries.items():
             exact = trial.factory in families.EXACT
             trial.tuned[name] = tune(index, given, vectors, len(vectors), self.goals.target_recall, margin, exact)
+            self.meter.check()
         if not trial.verdict and not trial.met:
             trial.verdict = "below the target"
         self.say(line(trial))
@@ -271,8 +352,8 @@ class _Search:
 
 def _smaller(key: str, size: int, dim: int) -> str:
     """The same kind of index for a sample: as many lists as suit it."""
-    lists = families.approximate(size, dim)
-    return next((other for other in lists if _kind(other) == _kind(key)), key)
+    kinds = [*families.approximate(size, dim), *families.on_disk(families.list_count(size))]
+    return next((other for other in kinds if _kind(other) == _kind(key)), key)
 
 
 def _kind(key: str) -> str:

@@ -50,8 +50,8 @@ class Vectors(Protocol):
     def dim(self) -> int: ...
     def __len__(self) -> int: ...
 
-    def blocks(self) -> Iterator[tuple[int, Floats]]:
-        """(number of the first row, float32 [n, D]) from the first to the last."""
+    def blocks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, Floats]]:
+        """(number of the first row, float32 [n, D]) of the rows from `first` to before `last`; None means all."""
         ...
 
     def take(self, rows: Rows) -> Floats:
@@ -73,10 +73,10 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.values)
 
-    def blocks(self) -> Iterator[tuple[int, Floats]]:
-        size = block_rows(self.dim)
-        for start in range(0, len(self), size):
-            yield start, self.values[start : start + size]
+    def blocks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, Floats]]:
+        size, last = block_rows(self.dim), len(self) if last is None else last
+        for start in range(first, last, size):
+            yield start, self.values[start : min(start + size, last)]
 
     def take(self, rows: Rows) -> Floats:
         return np.asarray(self.values[rows], np.float32)
@@ -102,20 +102,23 @@ class Files:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def blocks(self) -> Iterator[tuple[int, Floats]]:
+    def blocks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, Floats]]:
         """As `Vectors.blocks`.
 
         Raises:
             UserError: vectors that are not finite or not of norm 1.
         """
-        size = block_rows(self.dim)
+        size, last = block_rows(self.dim), len(self) if last is None else last
         for number, path in enumerate(self.paths):
-            first, last = int(self.starts[number]), int(self.starts[number + 1])
+            here = int(self.starts[number])
+            begin, end = max(first, here), min(last, int(self.starts[number + 1]))
+            if begin >= end:
+                continue
             dtype, offset = self._layout[number]
             with path.open("rb") as file:
-                file.seek(offset)
-                for start in range(first, last, size):
-                    count = (min(start + size, last) - start) * self.dim
+                file.seek(offset + (begin - here) * self.dim * dtype.itemsize)
+                for start in range(begin, end, size):
+                    count = (min(start + size, end) - start) * self.dim
                     values = np.fromfile(file, dtype, count).reshape(-1, self.dim)
                     block = np.ascontiguousarray(values, np.float32)
                     check_unit(block, f"embeddings: {path}", "embed again")

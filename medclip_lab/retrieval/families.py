@@ -4,6 +4,7 @@ Bytes of a vector of D dimensions: Flat 4 D, SQfp16 2 D, SQ8 D; a graph adds 8 M
 D/2 codes of 4 bits D/4, RaBitQ D/8 + 8. A refined index holds its coarse codes and the finer ones it reranks with.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
@@ -44,7 +45,7 @@ def approximate(size: int, dim: int) -> list[str]:
     sphere a query comes: where texts and images lie apart, lists and graphs lose recall that it keeps.
     """
     codes = dim // 2 if dim % 2 == 0 else dim
-    lists = max(1, 2 ** int(np.log2(4 * np.sqrt(size))))
+    lists = list_count(size)
     sketch = f"PQ{codes}x4fs"
     return [
         f"{sketch},Refine(SQfp16)",
@@ -59,6 +60,19 @@ def approximate(size: int, dim: int) -> list[str]:
         f"{sketch},Refine(SQ4)",
         f"IVF{lists},RaBitQfs,Refine(SQ4)",
     ]
+
+
+def list_count(size: int) -> int:
+    """How many lists suit a corpus: about 4 times the root of its size."""
+    return 1 << max(0, int(math.log2(4 * math.sqrt(size))))
+
+
+def on_disk(lists: int) -> list[str]:
+    """Factory strings of which only the centres of the lists need be in memory.
+
+    Lists of 8 bits are half as long to read; those of 16 lose nothing, so that any recall can be reached.
+    """
+    return [f"IVF{lists},SQ8", f"IVF{lists},SQfp16"]
 
 
 def make(key: str, dim: int) -> Any:
@@ -121,7 +135,6 @@ def index_bytes(index: Any, size: int) -> int:
 
 def build_bytes(index: Any, size: int) -> int:
     """Memory that building takes beyond the process itself at its peak: training or filling, blocks on their way."""
-    faiss = import_faiss()
     filling = index_bytes(index, size)
     fast = part_of(index, "IndexFastScan")
     if fast is not None:  # it keeps its former half while it doubles, which is before its refinement is filled
@@ -130,9 +143,13 @@ def build_bytes(index: Any, size: int) -> int:
         filling += size * 4  # each vector's list
     if part_of(index, "IndexHNSW") is not None:
         filling += size * 9  # a lock and a mark for each
-    training = training_rows(index, size) * index.d * 4
-    residuals = 2 if any(isinstance(part, faiss.IndexIVF) for part in parts(index)) else 1
-    return WORKSPACE + int(max(filling, training * (1 + residuals)))
+    return WORKSPACE + int(max(filling, training_bytes(index, size)))
+
+
+def training_bytes(index: Any, size: int) -> int:
+    """Memory that training takes: its vectors, and those of lists as residuals."""
+    residuals = 2 if part_of(index, "IndexIVF") is not None else 1
+    return training_rows(index, size) * int(index.d) * 4 * (1 + residuals)
 
 
 def training_rows(index: Any, size: int) -> int:

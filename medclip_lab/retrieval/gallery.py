@@ -29,11 +29,14 @@ class Chosen:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def blocks(self) -> Iterator[tuple[int, Floats]]:
-        for start, block in self.vectors.blocks():
-            first, last = np.searchsorted(self.rows, (start, start + len(block)))
-            if last > first:
-                yield int(first), np.ascontiguousarray(block[self.rows[first:last] - start])
+    def blocks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, Floats]]:
+        rows = self.rows[first:last]
+        if not len(rows):
+            return
+        for start, block in self.vectors.blocks(int(rows[0]), int(rows[-1]) + 1):
+            here, there = np.searchsorted(rows, (start, start + len(block)))
+            if there > here:
+                yield first + int(here), np.ascontiguousarray(block[rows[here:there] - start])
 
     def take(self, rows: Rows) -> Floats:
         return self.vectors.take(self.rows[rows])
@@ -50,10 +53,13 @@ class Joined:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def blocks(self) -> Iterator[tuple[int, Floats]]:
-        for first, vectors in zip(self.starts, self.several, strict=False):
-            for start, block in vectors.blocks():
-                yield int(first) + start, block
+    def blocks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, Floats]]:
+        last = len(self) if last is None else last
+        for here, vectors in zip(self.starts.tolist(), self.several, strict=False):
+            begin, end = max(first - here, 0), min(last - here, len(vectors))
+            if begin < end:
+                for start, block in vectors.blocks(begin, end):
+                    yield here + start, block
 
     def take(self, rows: Rows) -> Floats:
         numbers = np.searchsorted(self.starts, rows, "right") - 1

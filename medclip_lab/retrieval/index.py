@@ -47,7 +47,7 @@ class Index(Store):
     def fingerprint(self) -> str:
         """Of the vectors and of what is removed among them."""
         files = self.manifest["files"]
-        return "-".join(str(files[role]["sha256"]) for role in ("vectors", "removed") if role in files)
+        return "-".join(str(files[role]["sha256"]) for role in ("vectors", "lists", "removed") if role in files)
 
     def parameters(self, direction: str | None = None) -> Parameters:
         """How thoroughly queries of a direction have to be searched; None is for all.

@@ -49,14 +49,33 @@ class Meter:
         machine = memory_gib()
         self.limit = limit or int(SHARE * (machine * 2**30 if machine else sys.maxsize))
         release()
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the highest mark so far
+        _forget_peak()
         self.start = _status("VmRSS")
         """Bytes that the process took before the work."""
+        self._highest = 0
+        self._mapped_from: int | None = None
+        """Bytes of files in memory before lists were mapped, while they are."""
 
     def peak(self) -> int:
         """Bytes at the highest since the start (Linux; elsewhere since the process began)."""
-        return _status("VmHWM")
+        return self._highest if self._mapped_from is not None else max(self._highest, peak())
+
+    def beside(self, others: int) -> None:
+        """Other processes took so much beside what this one takes."""
+        self._highest = max(self._highest, _status("VmRSS") + others)
+
+    def mapping(self) -> None:
+        """From now on pages of files are not counted: the system takes them back whenever it wants them.
+
+        The highest mark of the kernel has them, so that `check` marks what there is.
+        """
+        self._highest, self._mapped_from = max(self._highest, peak()), _status("RssFile")
+
+    def unmapped(self) -> None:
+        """All pages count again."""
+        if self._mapped_from is not None:
+            self._mapped_from = None
+            _forget_peak()
 
     def check(self) -> None:
         """Stop before the limit is passed by more than a step of the work.
@@ -64,11 +83,25 @@ class Meter:
         Raises:
             UserError: more is taken than allowed.
         """
-        if _status("VmRSS") > self.limit:
+        taken = _status("VmRSS")
+        if self._mapped_from is not None:
+            taken -= max(0, _status("RssFile") - self._mapped_from)
+            self._highest = max(self._highest, taken)
+        if taken > self.limit:
             raise UserError(
                 f"max-memory: more than {show_size(self.limit)} were taken, nothing was written: raise it, or ask for "
                 "a lower target recall"
             )
+
+
+def peak() -> int:
+    """Bytes that this process took at its highest."""
+    return _status("VmHWM")
+
+
+def _forget_peak() -> None:
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def release() -> None:

@@ -8,6 +8,7 @@ the index before or after it, never between. What the manifest no longer names g
     index/rows-<hash>.arrow       what is found: id, study_id, ... (Arrow, read where it lies)
     index/starts-<hash>.npy, members-<hash>.npy    the rows of each vector: copies share one
     index/removed-<hash>.npy      ids that are no longer answered with
+    index/lists-<hash>.ivfdata, lengths-<hash>.npy    where the lists stay on the disk: they, and how long each is
 """
 
 import re
@@ -28,6 +29,7 @@ from medclip_lab.errors import UserError
 from medclip_lab.files import existing_folder, read_json, sha256, write_json
 from medclip_lab.retrieval.embeddings import check_file
 from medclip_lab.retrieval.families import import_faiss
+from medclip_lab.retrieval.mapped_lists import attach
 from medclip_lab.retrieval.parameters import Parameters
 
 FORMAT = "medclip-lab-index/2"
@@ -35,7 +37,7 @@ FORMATS = ("medclip-lab-index/1", FORMAT)
 """Those that a build may replace."""
 MANIFEST, LOCK = "manifest.json", ".lock"
 ROLES = ("vectors", "rows", "starts", "members")
-_OURS = re.compile(r"[a-z]+-[0-9a-f]{16}\.(faiss|arrow|npy)|\.manifest\.json\.[0-9a-f]{8}\.tmp")
+_OURS = re.compile(r"[a-z]+-[0-9a-f]{16}\.(faiss|arrow|npy|ivfdata)|\.manifest\.json\.[0-9a-f]{8}\.tmp")
 """Names that a change may leave behind; nothing else in the folder is ever deleted."""
 ROWS_AT_ONCE = 65_536
 SLACK = 2**20
@@ -164,16 +166,19 @@ class Opened:
         files = self.manifest["files"]
         for role in files:
             entry = files[role]
-            check_file(self._path(role), entry["sha256"], "index", "index again", entry["bytes"])
-        self.index = read_faiss(self._path("vectors"), files["vectors"]["bytes"], self.manifest)
-        self.rows: pa.Table = pa.ipc.open_file(pa.memory_map(str(self._path("rows")))).read_all()
-        self.starts, self.members = (np.load(self._path(role), mmap_mode="r") for role in ("starts", "members"))
+            check_file(self.path(role), entry["sha256"], "index", "index again", entry["bytes"])
+        self.index = read_faiss(self.path("vectors"), files["vectors"]["bytes"], self.manifest)
+        if "lists" in files:
+            attach(self.index, self.path("lists"), np.load(self.path("lengths"), allow_pickle=False))
+        self.rows: pa.Table = pa.ipc.open_file(pa.memory_map(str(self.path("rows")))).read_all()
+        self.starts, self.members = (np.load(self.path(role), mmap_mode="r") for role in ("starts", "members"))
         self.removed: NDArray[np.int64] = np.empty(0, np.int64)
         if "removed" in files:
-            self.removed = np.load(self._path("removed"), allow_pickle=False)
+            self.removed = np.load(self.path("removed"), allow_pickle=False)
         self._check()
 
-    def _path(self, role: str) -> Path:
+    def path(self, role: str) -> Path:
+        """File of a role."""
         name = str(self.manifest["files"][role]["name"])
         if "/" in name or "\\" in name or name.startswith("."):
             raise UserError(f"index: the manifest of {self.folder} names a file outside of it")
@@ -199,7 +204,7 @@ def _manifest(folder: Path, bundle: str | None) -> dict[str, Any]:
             f"index: {folder / MANIFEST} has format {manifest.get('format')!r}, not {FORMAT!r}: index again"
         )
     files = manifest.get("files")
-    if not isinstance(files, dict) or not set(ROLES) <= set(files):
+    if not isinstance(files, dict) or not set(ROLES) <= set(files) or ("lists" in files) != ("lengths" in files):
         raise UserError(f"index: {folder / MANIFEST} names no files: index again")
     types = {"name": str, "bytes": int, "sha256": str}
     whole = all(_holds(entry, types) for entry in files.values())

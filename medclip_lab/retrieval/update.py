@@ -1,6 +1,8 @@
 """Additions to an index and removals from it; a change is seen as a whole or not at all."""
 
-from collections.abc import Collection, Sequence, Set
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,10 @@ import pyarrow as pa
 
 from medclip_lab.errors import UserError
 from medclip_lab.retrieval.build import Folders, open_all, write_rows
-from medclip_lab.retrieval.embeddings import Embeddings, Rows
+from medclip_lab.retrieval.embeddings import Embeddings, Rows, Vectors
 from medclip_lab.retrieval.families import import_faiss
 from medclip_lab.retrieval.gallery import Groups, joined
+from medclip_lab.retrieval.on_disk import Lists, workshop
 from medclip_lab.retrieval.store import Opened, RowWriter, changing, commit, save_array, save_index
 from medclip_lab.retrieval.withdrawn import Withdrawn
 
@@ -31,7 +34,8 @@ def add_to_index(index: str | Path, embeddings: Folders) -> dict[str, Any]:
         UserError: another bundle or width, rows that are there already, text that is there and not here.
     """
     folder, folders = Path(index).expanduser(), open_all(embeddings)
-    with changing(_there(folder)):
+    with ExitStack() as stack:
+        stack.enter_context(changing(_there(folder)))
         opened = Opened(folder, folders[0].manifest["bundle"])
         manifest = opened.manifest
         modality, text = manifest["modality"], manifest["text_included"]
@@ -41,11 +45,7 @@ def add_to_index(index: str | Path, embeddings: Folders) -> dict[str, Any]:
         if text and not all(given.manifest["include_text"] for given in folders):
             raise UserError(f"index: {folder} holds report text, the embeddings do not: embed with --include-text")
         _refuse_known(opened, folders)
-        faiss = import_faiss()
-        # Codes that lie on the disk cannot grow there.
-        grown = faiss.read_index(str(folder / manifest["files"]["vectors"]["name"]))
-        for _, block in vectors.blocks():
-            grown.add(block)
+        save = stack.enter_context(_grown(opened, vectors))
 
         def write(staging: Path) -> dict[str, Path]:
             with RowWriter(staging / "rows.arrow") as rows:
@@ -54,18 +54,35 @@ def add_to_index(index: str | Path, embeddings: Folders) -> dict[str, Any]:
             more = Groups.each_alone(np.arange(opened.rows.num_rows, rows.count))
             starts = np.concatenate([opened.starts, more.starts[1:] + opened.starts[-1]])
             return {
-                "vectors": save_index(staging / "vectors.faiss", grown),
+                **save(staging),
                 "rows": rows.path,
                 "starts": save_array(staging / "starts.npy", starts),
                 "members": save_array(staging / "members.npy", np.concatenate([opened.members, more.members])),
             }
 
         facts = _changed(manifest, added=len(vectors))
-        facts |= {"vectors": grown.ntotal, "next_id": manifest["next_id"] + len(vectors)}
+        facts |= {"vectors": opened.index.ntotal + len(vectors), "next_id": manifest["next_id"] + len(vectors)}
         back = {study for given in folders for study in given.table(modality)["study_id"].to_pylist()}
         gone = _gone(opened.rows, opened.removed)
         facts["withdrawn"] = Withdrawn(manifest).and_also(gone).without(back).record()
         return commit(folder, write, facts, [role for role in manifest["files"] if role == "removed"])
+
+
+@contextmanager
+def _grown(opened: Opened, vectors: Vectors) -> Iterator[Callable[[Path], dict[str, Path]]]:
+    """The index with more vectors: what writes it into a folder and tells the files of its roles."""
+    # Codes and lists that lie on the disk cannot grow there.
+    index = import_faiss().read_index(str(opened.path("vectors")))
+    if "lists" not in opened.manifest["files"]:
+        for _, block in vectors.blocks():
+            index.add(block)
+        yield lambda folder: {"vectors": save_index(folder / "vectors.faiss", index)}
+        return
+    with workshop(opened.folder, os.cpu_count() or 1) as shop:
+        shop.start(index)
+        shop.add(vectors, opened.index.ntotal)
+        lists = shop.merge(Lists(*(opened.path(role) for role in ("vectors", "lists", "lengths"))))
+        yield lambda _: lists.roles()
 
 
 def remove_from_index(index: str | Path, study_ids: Collection[str]) -> dict[str, Any]:
