@@ -34,3 +34,12 @@ def memory_mib(peak: bool = False) -> float:
         line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith(name))
         return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def stolen_seconds() -> float:
+    """Time of cores that the machine beneath a virtual one gave to others, since it started; 0 where nobody tells."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return 0.0
+    first = path.read_text(encoding="ascii").splitlines()[0].split()
+    return int(first[8]) / os.sysconf("SC_CLK_TCK") if len(first) > 8 else 0.0

@@ -80,8 +80,8 @@ async def _send(url: str, bodies: Sequence[bytes], clients: int, seconds: float,
 class Connection:
     """JSON over one HTTP/1.1 connection that is kept, and no more of HTTP than that.
 
-    A client shares the machine with the service it asks: what a library for all of HTTP costs, half a request of the
-    service's own, would be counted as the service's, and bring whatever is compared nearer to each other.
+    A client shares the machine with the service it asks. What it takes brings all that is compared nearer to each
+    other, and a library for all of HTTP takes four times as much.
     """
 
     def __init__(self, url: str) -> None:
