@@ -81,7 +81,7 @@ class Connection:
     """JSON over one HTTP/1.1 connection that is kept, and no more of HTTP than that.
 
     A client shares the machine with the service it asks. What it takes brings all that is compared nearer to each
-    other, and a library for all of HTTP takes four times as much.
+    other, and a library for all of HTTP takes twice as much.
     """
 
     def __init__(self, url: str) -> None:
