@@ -150,7 +150,7 @@ class Workshop:
 
 @contextmanager
 def workshop(out: Path, processes: int) -> Iterator[Workshop]:
-    """A folder beside `out`, for one build of it at a time. It is empty at first, whatever a kill left, and goes.
+    """A folder beside `out`, for one build of it at a time, which goes at the end; what a kill left is used by nobody.
 
     Raises:
         UserError: another process builds the same index.
@@ -159,7 +159,6 @@ def workshop(out: Path, processes: int) -> Iterator[Workshop]:
     folder = out.with_name(f".{out.name}.parts")
     folder.mkdir(parents=True, exist_ok=True)
     with changing(folder):
-        _empty(folder)
         try:
             yield Workshop(folder, processes)
         finally:

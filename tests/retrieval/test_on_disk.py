@@ -66,6 +66,7 @@ def test_parts_of_several_processes_are_the_lists_of_one(
         shop.add(Arrays(vectors[1000:]), 1000)
         parts = len(list(shop.folder.glob("part-*")))
         index = open_lists(shop.merge())
+        assert len(list(shop.folder.glob("lists-*"))) == 1, "no disk holds what was merged before"
         assert shop.taken > 50 * 2**20, "a python and faiss"
         whole.add(vectors[:1000])
         assert lists_of(first) == lists_of(whole), "also while another merge has taken its place"
@@ -123,7 +124,7 @@ def test_an_index_with_lists_on_the_disk(built: Path, embedded: Path, tmp_path: 
     assert {"vectors", "lists", "lengths"} < set(manifest["files"])
     assert sorted(path.name for path in built.parent.iterdir()) == ["index"], "no folder of parts is left"
     memory = manifest["memory"]
-    assert memory["process"] < memory["peak"] <= 1.2 * memory["predicted"]
+    assert memory["process"] + 10**8 < memory["peak"] <= 1.2 * memory["predicted"], "with two processes beside"
     index = open_index(built)
     assert index.index.ntotal == SIZE
     values = features_of(embedded, "image")
@@ -197,7 +198,9 @@ def test_lists_that_do_not_belong(built: Path, tmp_path: Path) -> None:
     lengths = np.load(opened.path("lengths"))
     absurd = lengths.copy()
     absurd[:2] = 2**62
-    for wrong in (lengths + 1, lengths[:-1], -lengths, absurd, lengths * 0):
+    below = lengths.copy()
+    below[:2] = lengths[:2].sum() + 1, -1  # the sum is right
+    for wrong in (lengths + 1, lengths[:-1], -lengths, absurd, below, lengths * 0):
         with pytest.raises(UserError, match="do not belong to the index"):
             attach(faiss.read_index(str(opened.path("vectors"))), opened.path("lists"), wrong)
     with pytest.raises(UserError, match="do not belong to the index"):
