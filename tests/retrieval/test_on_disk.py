@@ -79,6 +79,8 @@ def test_parts_of_several_processes_are_the_lists_of_one(
             index.search(vectors[:40], 5, params=settings), whole.search(vectors[:40], 5, params=settings), strict=True
         ):
             np.testing.assert_array_equal(ours, theirs)
+        shop.start(whole)
+        assert {path.name for path in shop.folder.iterdir()} == {".lock", "trained.faiss"}, "another begins with nothing"
     assert list(tmp_path.iterdir()) == []
 
 
