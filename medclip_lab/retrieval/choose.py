@@ -14,7 +14,7 @@ from medclip_lab.retrieval.embeddings import Arrays, Vectors
 from medclip_lab.retrieval.gallery import Gallery
 from medclip_lab.retrieval.mapped_lists import can_be_mapped
 from medclip_lab.retrieval.memory import Meter, release, show_size
-from medclip_lab.retrieval.on_disk import Workshop, open_lists, process_bytes
+from medclip_lab.retrieval.on_disk import Workshop, open_lists, part_count, process_bytes
 from medclip_lab.retrieval.parameters import Parameters
 from medclip_lab.retrieval.recall import Queries, find_truth
 from medclip_lab.retrieval.tune import MARGIN, Tuned, tune
@@ -233,16 +233,18 @@ class _Search:
         index = families.make(key, self.gallery.dim)
         if self.on_disk:
             taken = max(
-                families.WORKSPACE + families.training_bytes(index, size), self._processes(index) * process_bytes(index)
+                families.WORKSPACE + families.training_bytes(index, size),
+                self._processes(index) * process_bytes(index, size),
             )
         else:
             taken = families.build_bytes(index, size)
         return self.meter.start + max(taken + ROW_BYTES * size, MORE_BYTES * size)
 
     def _processes(self, index: Any) -> int:
-        """As many as are asked for and fit into the memory."""
-        room = self.meter.limit - self.meter.start - ROW_BYTES * self.gallery.size
-        return max(1, min(self.goals.processes or os.cpu_count() or 1, room // process_bytes(index)))
+        """As many as are asked for, have a part to fill, and fit into the memory."""
+        size = self.gallery.size
+        room = (self.meter.limit - self.meter.start - ROW_BYTES * size) // process_bytes(index, size)
+        return max(1, min(self.goals.processes or os.cpu_count() or 1, part_count(index, size), room))
 
     def _quickest_exact(self, keys: list[str]) -> Choice | None:
         """Of the exact kinds that reach the target, the quickest for a query that comes alone."""

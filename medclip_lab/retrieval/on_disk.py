@@ -95,7 +95,7 @@ class Workshop:
             UserError: no room on the disk; a process died.
         """
         self._refuse_full(len(vectors) * self._entry)
-        size = max(1, PART_BYTES // self._entry)
+        size = _part_rows(self._entry)
         starts = range(0, len(vectors), size)
         processes = max(1, min(self.processes, len(starts)))
         threads = max(1, (os.cpu_count() or 1) // processes)
@@ -171,9 +171,19 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def process_bytes(index: Any) -> int:
-    """Memory that a process takes to fill its part of a trained index."""
-    return PROCESS_BYTES + 2 * PART_BYTES + 2 * int(index.nlist) * int(index.d) * 4
+def process_bytes(index: Any, size: int) -> int:
+    """Memory that a process takes to fill its part of `size` vectors."""
+    part = min(PART_BYTES, size * entry_bytes(index))
+    return PROCESS_BYTES + 2 * part + 2 * int(index.nlist) * int(index.d) * 4
+
+
+def part_count(index: Any, size: int) -> int:
+    """Parts of `size` vectors."""
+    return len(range(0, size, _part_rows(entry_bytes(index))))
+
+
+def _part_rows(entry: int) -> int:
+    return max(1, PART_BYTES // entry)
 
 
 def _stretch(vectors: Vectors, first: int, last: int) -> Vectors:

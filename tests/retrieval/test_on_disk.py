@@ -80,7 +80,9 @@ def test_parts_of_several_processes_are_the_lists_of_one(
         ):
             np.testing.assert_array_equal(ours, theirs)
         shop.start(whole)
-        assert {path.name for path in shop.folder.iterdir()} == {".lock", "trained.faiss"}, "another begins with nothing"
+        assert {path.name for path in shop.folder.iterdir()} == {".lock", "trained.faiss"}, (
+            "another begins with nothing"
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -116,7 +118,9 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def built(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("i") / "index"
-    manifest = build_index(embedded, out, goals=replace(GOALS, processes=2), say=quiet)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(on_disk, "PART_BYTES", SIZE * (DIM + 8) // 3)
+        manifest = build_index(embedded, out, goals=replace(GOALS, processes=2), say=quiet)
     assert manifest["on_disk"]
     return out
 
