@@ -57,7 +57,8 @@ class Goals:
     on_disk: bool | None = None
     """Lists that stay on the disk and are read there; None means so where nothing fits into the memory."""
     processes: int | None = None
-    """That fill such lists, as far as the memory goes; None takes one a core."""
+    """That fill such lists, as far as the memory goes; None takes one a core. They are spawned, so that a script needs
+    the usual guard, `if __name__ == "__main__"`."""
 
     def __post_init__(self) -> None:
         if self.processes is not None and self.processes < 1:

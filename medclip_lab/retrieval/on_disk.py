@@ -94,7 +94,7 @@ class Workshop:
         Raises:
             UserError: no room on the disk; a process died.
         """
-        self._refuse_full(len(vectors) * self._entry)
+        self._refuse_full(2 * len(vectors) * self._entry)  # as parts, and merged
         size = _part_rows(self._entry)
         starts = range(0, len(vectors), size)
         processes = max(1, min(self.processes, len(starts)))
