@@ -100,7 +100,17 @@ FLAGS = {
     | {"--modalities", "--texts", "--dtype", "--batch-size", "--workers", "--device"},
     "index": COMMON
     | {"embeddings", "--out", "--modality", "--include-text", "--add", "--remove"}
-    | {"--target-recall", "--at", "--max-memory", "--queries", "--factory", "--no-dedup", "--seed"}
+    | {
+        "--target-recall",
+        "--at",
+        "--max-memory",
+        "--queries",
+        "--factory",
+        "--no-dedup",
+        "--seed",
+        "--no-on-disk",
+        "--processes",
+    }
     | STORE,
     "search": COMMON
     | {"bundle", "index", "--text", "--image", "--vector", "--id", "-k", "--where", "--not-patient", "--other-patients"}

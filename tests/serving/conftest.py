@@ -105,9 +105,9 @@ def serve(toy_settings: Settings) -> Iterator[Serve]:
         client.__exit__(None, None, None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A real Chromium; the test is skipped without one."""
+    """A real Chromium, until the module ends: its event loop would be in the way of others'; skipped without one."""
     playwright = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("no Chromium: CHROMIUM names none")
