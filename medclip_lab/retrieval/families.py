@@ -63,8 +63,8 @@ def approximate(size: int, dim: int) -> list[str]:
 
 
 def list_count(size: int) -> int:
-    """How many lists suit a corpus: about 4 times the root of its size."""
-    return 1 << max(0, int(math.log2(4 * math.sqrt(size))))
+    """How many lists suit a corpus: about 4 times the root of its size, and no more than can be trained on it."""
+    return 1 << max(0, int(math.log2(min(4 * math.sqrt(size), max(1.0, size / 8)))))
 
 
 def on_disk(lists: int) -> list[str]:

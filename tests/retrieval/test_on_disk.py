@@ -182,6 +182,16 @@ def test_a_budget_that_nothing_else_fits(embedded: Path, tmp_path: Path, monkeyp
     assert not (tmp_path / "j").exists()
 
 
+@pytest.mark.parametrize("size", [1, 5, 30])
+def test_a_corpus_of_a_few(size: int, tmp_path: Path) -> None:
+    folder = Corpus(size=size, dim=DIM, clusters=3).write(tmp_path / "e")
+    manifest = build_index(folder, tmp_path / "i", goals=Goals(0.5, on_disk=True), say=quiet)
+    assert manifest["on_disk"]
+    hits = open_index(tmp_path / "i").search(features_of(folder, "image"), 10)
+    assert [found[0].id for found in hits] == list(range(size))
+    assert {len(found) for found in hits} == {min(size, 10)}
+
+
 def test_what_cannot_be(embedded: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("HNSW32", "IVF16,PQ8x4fs", "IVF16,SQ8,Refine(SQfp16)", "Flat"):
         with pytest.raises(UserError, match="cannot stay on the disk"):
