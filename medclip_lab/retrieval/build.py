@@ -82,8 +82,7 @@ def _build(
     dedup = modality == "text" if goals.dedup is None else goals.dedup
     gallery = make_gallery(folders, modality, goals.queries, dedup, goals.seed, withdrawn)
     release()
-    processes = goals.processes or os.cpu_count() or 1
-    choice = choose(gallery, goals, meter, say, lambda: stack.enter_context(workshop(out, processes)))
+    choice = choose(gallery, goals, meter, say, lambda: stack.enter_context(workshop(out)))
     meter.check()
     save = _with_held_out(choice, gallery)
 

@@ -300,8 +300,7 @@ class _Search:
 
     def _fill_on_disk(self, index: Any) -> Any:
         self.shop = self.shop or self._open_shop()
-        self.shop.processes = self._processes(index)
-        self.shop.start(index)
+        self.shop.start(index, self._processes(index))
         del index
         self.shop.add(self.gallery.main, 0)
         self.meter.beside(self.shop.taken)

@@ -74,18 +74,17 @@ def open_lists(files: Lists) -> Any:
 class Workshop:
     """A folder beside an index, in which its lists are filled and merged; see `workshop`."""
 
-    def __init__(self, folder: Path, processes: int) -> None:
-        self.folder, self.processes = folder, processes
-        self.taken = 0
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.taken = folder, 0
         """Bytes of all processes at once, at the most."""
         self._trained = folder / "trained.faiss"
         self._parts: list[Path] = []
-        self._entry = self._merges = 0
+        self._entry = self._merges = self._processes = 0
 
-    def start(self, index: Any) -> None:
-        """Begin with a trained, empty index; what was made of another goes."""
+    def start(self, index: Any, processes: int) -> None:
+        """Begin with a trained, empty index, which so many processes are to fill; what was made of another goes."""
         _empty(self.folder)
-        self._parts, self._entry = [], entry_bytes(index)
+        self._parts, self._entry, self._processes = [], entry_bytes(index), processes
         save_index(self._trained, index)
 
     def add(self, vectors: Vectors, first: int) -> None:
@@ -97,7 +96,7 @@ class Workshop:
         self._refuse_full(2 * len(vectors) * self._entry)  # as parts, and merged
         size = _part_rows(self._entry)
         starts = range(0, len(vectors), size)
-        processes = max(1, min(self.processes, len(starts)))
+        processes = max(1, min(self._processes, len(starts)))
         threads = max(1, (os.cpu_count() or 1) // processes)
 
         def part(start: int) -> Part:
@@ -149,7 +148,7 @@ class Workshop:
 
 
 @contextmanager
-def workshop(out: Path, processes: int) -> Iterator[Workshop]:
+def workshop(out: Path) -> Iterator[Workshop]:
     """A folder beside `out`, for one build of it at a time, which goes at the end; what a kill left is used by nobody.
 
     Raises:
@@ -160,7 +159,7 @@ def workshop(out: Path, processes: int) -> Iterator[Workshop]:
     folder.mkdir(parents=True, exist_ok=True)
     with changing(folder):
         try:
-            yield Workshop(folder, processes)
+            yield Workshop(folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -78,8 +78,8 @@ def _grown(opened: Opened, vectors: Vectors) -> Iterator[Callable[[Path], dict[s
             index.add(block)
         yield lambda folder: {"vectors": save_index(folder / "vectors.faiss", index)}
         return
-    with workshop(opened.folder, os.cpu_count() or 1) as shop:
-        shop.start(index)
+    with workshop(opened.folder) as shop:
+        shop.start(index, os.cpu_count() or 1)
         shop.add(vectors, opened.index.ntotal)
         lists = shop.merge(Lists(*(opened.path(role) for role in ("vectors", "lists", "lengths"))))
         yield lambda _: lists.roles()

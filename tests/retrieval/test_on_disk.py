@@ -59,8 +59,8 @@ def test_parts_of_several_processes_are_the_lists_of_one(
     monkeypatch.setattr(on_disk, "PART_BYTES", 250 * (2 * DIM + 8))
     whole = make(key, DIM)
     whole.train(vectors)
-    with workshop(tmp_path / "index", 2) as shop:
-        shop.start(whole)
+    with workshop(tmp_path / "index") as shop:
+        shop.start(whole, 2)
         shop.add(Chosen(Arrays(vectors), np.arange(1000)), 0)
         first = open_lists(shop.merge())
         shop.add(Arrays(vectors[1000:]), 1000)
@@ -79,7 +79,7 @@ def test_parts_of_several_processes_are_the_lists_of_one(
             index.search(vectors[:40], 5, params=settings), whole.search(vectors[:40], 5, params=settings), strict=True
         ):
             np.testing.assert_array_equal(ours, theirs)
-        shop.start(whole)
+        shop.start(whole, 2)
         assert {path.name for path in shop.folder.iterdir()} == {".lock", "trained.faiss"}, (
             "another begins with nothing"
         )
@@ -199,7 +199,7 @@ def test_what_cannot_be(embedded: Path, built: Path, tmp_path: Path, monkeypatch
     with pytest.raises(UserError, match="processes: at least 1, got 0"):
         Goals(processes=0)
     goals = Goals(0.9, on_disk=True, factory="IVF16,SQ8")
-    with workshop(tmp_path / "j", 1), pytest.raises(UserError, match="being changed by another process"):
+    with workshop(tmp_path / "j"), pytest.raises(UserError, match="being changed by another process"):
         build_index(embedded, tmp_path / "j", goals=goals, say=quiet)
     free = SimpleNamespace(free=1000)
     monkeypatch.setattr(on_disk.shutil, "disk_usage", lambda _: free)
@@ -226,8 +226,8 @@ def test_lists_that_do_not_belong(built: Path, tmp_path: Path) -> None:
 def test_a_process_that_dies(vectors: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = make("IVF8,SQ8", DIM)
     index.train(vectors)
-    with workshop(tmp_path / "index", 2) as shop:
-        shop.start(index)
+    with workshop(tmp_path / "index") as shop:
+        shop.start(index, 2)
         monkeypatch.setattr(on_disk, "_fill", _die)
         with pytest.raises(UserError, match="died, for want of memory or of room on the disk"):
             shop.add(Arrays(vectors), 0)
