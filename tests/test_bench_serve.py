@@ -113,6 +113,27 @@ def test_what_a_client_counts() -> None:
     assert len(load.latencies) == load.statuses[200]
 
 
+@pytest.mark.parametrize(("stolen", "attempt"), [([0.0], 1), ([0.4, 0.01], 2), ([0.4, 0.2, 0.1, 0.3, 0.0], 3)])
+def test_the_load_that_was_disturbed_least_counts(
+    stolen: list[float], attempt: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medclip_lab.bench import serve
+    from medclip_lab.bench.serve_load import Load
+
+    now, taken, left = [0.0], [0.0], iter(stolen)
+
+    def loaded(*_: object) -> Load:
+        now[0] += 10.0
+        taken[0] += 10.0 * next(left) * (os.cpu_count() or 1)
+        return Load(seconds=10.0, sent=5)
+
+    monkeypatch.setattr(serve, "send", loaded)
+    monkeypatch.setattr(serve, "stolen_seconds", lambda: taken[0])
+    monkeypatch.setattr(serve.time, "perf_counter", lambda: now[0])
+    load = serve.measure("fastapi", "http://localhost", os.getpid(), [b"{}"], 1, 10.0)
+    assert (load["attempt"], load["stolen"]) == (attempt, stolen[attempt - 1])
+
+
 def test_growth_is_from_after_the_warm_up_to_the_end() -> None:
     from medclip_lab.bench.serve_mixed import growth
 
