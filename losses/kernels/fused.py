@@ -2,7 +2,7 @@
 
 The logits of a block never leave registers. Its slopes are written once in bfloat16, to a chunk that fills the chip,
 and read twice by products that sum in float32; that traffic hides behind the arithmetic. Scale, 1 / N and the incoming
-gradient stay out of the 16 bits. See `tiles.py` for the kernels.
+gradient stay out of the 16 bits. See `sigmoid_tile.py` and `softmax_tile.py` for the kernels.
 
 With TRITON_INTERPRET=1 in the environment before the first import they run on the CPU, slowly, for tests.
 """
@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from medclip_lab.losses.kernels import tiles
+from medclip_lab.losses.kernels import sigmoid_tile, softmax_tile
 from medclip_lab.losses.kernels.pairs import Block, Formula
 from medclip_lab.losses.kernels.targets import EvenTarget, LabelTarget, Target, places
 
@@ -46,6 +46,12 @@ class Shape:
     """The epilogue takes the columns in so many parts, so that nothing spills."""
     warps: int = 8
     stages: int = 3
+    lanes: int = 4
+    """Threads that share a row of the product: 4 of a warp, times the warps side by side."""
+
+    def __str__(self) -> str:
+        size = f"{self.rows} x {self.columns} x {self.depth}"
+        return f"{size}, {self.parts} parts, {self.warps} warps, {self.stages} stages"
 
     def options(self) -> dict[str, int]:
         return {
@@ -53,6 +59,7 @@ class Shape:
             "BN": self.columns,
             "BK": self.depth,
             "PARTS": self.parts,
+            "LANES": self.lanes,
             "GROUP": 8,
             "num_warps": self.warps,
             "num_stages": self.stages,
@@ -60,23 +67,24 @@ class Shape:
 
 
 SHAPES: dict[int, dict[str, Shape]] = {
+    # Up to 128 registers and 113 KiB two programs share a multiprocessor: one multiplies while the other does the rest.
     90: {
-        "sigmoid": Shape(128, 256, 64, 8),
-        "sigmoid-ids": Shape(128, 128, 64, 4),
-        "logsumexp": Shape(128, 256, 64, 8),
-        "softmax": Shape(128, 256, 64, 16),
-        "softmax-ids": Shape(128, 128, 64, 8),
-        "softmax-labels": Shape(128, 128, 64, 8),
-        "softmax-known": Shape(64, 128, 64, 8, warps=4),
+        "sigmoid": Shape(128, 128, 64, 16),
+        "sigmoid-ids": Shape(128, 128, 64, 16),
+        "logsumexp": Shape(128, 128, 64, 8),
+        "softmax": Shape(128, 128, 64, 16),
+        "softmax-ids": Shape(128, 128, 64, 16),
+        "softmax-labels": Shape(128, 128, 64, 4),
+        "softmax-known": Shape(128, 64, 64, 4),
     },
     80: {
-        "sigmoid": Shape(128, 128, 32, 8),
-        "sigmoid-ids": Shape(128, 128, 32, 8),
-        "logsumexp": Shape(128, 128, 32, 4),
-        "softmax": Shape(128, 128, 32, 4),
-        "softmax-ids": Shape(128, 128, 32, 4),
-        "softmax-labels": Shape(128, 64, 32, 4),
-        "softmax-known": Shape(64, 64, 32, 4, warps=4),
+        "sigmoid": Shape(128, 128, 32, 4, lanes=16),
+        "sigmoid-ids": Shape(128, 128, 32, 1, lanes=16),
+        "logsumexp": Shape(128, 128, 32, 4, lanes=16),
+        "softmax": Shape(128, 128, 32, 4, lanes=16),
+        "softmax-ids": Shape(128, 128, 32, 4, lanes=16),
+        "softmax-labels": Shape(128, 128, 32, 4, lanes=16),
+        "softmax-known": Shape(64, 64, 32, 2, warps=4, lanes=8),
     },
 }
 """By compute capability from which they hold and kind of tile; what a test compiles to see that nothing spills."""
@@ -194,9 +202,8 @@ class Engine:
         if "stride" in arguments:
             # Without slopes nothing is stored, and any matrix will do.
             into = images if slopes is None else slopes
-            part = [shape.rows, shape.columns // shape.parts]
             form = list(into.shape), list(into.stride())
-            places["slopes"] = TensorDescriptor(into, *form, part) if self.tma else into
+            places["slopes"] = TensorDescriptor(into, *form, [shape.rows, shape.columns]) if self.tma else into
         with self._guard():
             kernel[(shape_tiles(shape, len(images), len(texts)),)](
                 **places,
@@ -229,7 +236,7 @@ class Engine:
             chunk = self._chunk(block) if slopes else None
             sums = self._sums(kind, block, 3)
             self._launch(
-                tiles.sigmoid_tile,
+                sigmoid_tile.sigmoid_tile,
                 kind,
                 block,
                 chunk,
@@ -270,7 +277,7 @@ class Engine:
         )
         own = self._sums("logsumexp", block, 1)
         self._launch(
-            tiles.logsumexp_tile,
+            softmax_tile.logsumexp_tile,
             "logsumexp",
             block,
             None,
@@ -296,7 +303,7 @@ class Engine:
         total = torch.empty(length, dtype=torch.float64, device=self.device)
         with self._guard():
             programs = (triton.cdiv(length, 32),)
-            tiles.combine_stats[programs](tops, sums, top, total, many, length, BLOCK=32, num_warps=1)
+            softmax_tile.combine_stats[programs](tops, sums, top, total, many, length, STEP=32, BLOCK=32, num_warps=4)
         return top.double() / LOG2E + total.log()
 
     def softmax(
@@ -311,7 +318,7 @@ class Engine:
             chunk = self._chunk(block) if slopes else None
             sums = self._sums(wanted.kind, block, 2)
             self._launch(
-                tiles.softmax_tile,
+                softmax_tile.softmax_tile,
                 wanted.kind,
                 block,
                 chunk,
@@ -374,7 +381,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class _Target:
-    """What `tiles.softmax_tile` is told of a target."""
+    """What `softmax_tile.softmax_tile` is told of a target."""
 
     kind: str
     code: int

@@ -4,6 +4,7 @@ Features are bfloat16 in the products; the interpreter's slopes stay float32, as
 So values and gradients must be those of float64 up to float32's rounding.
 """
 
+import math
 import os
 
 import pytest
@@ -111,6 +112,33 @@ def test_good_pairs_keep_the_digits_of_their_gradient() -> None:
         truth = expected.gradients[leaf]
         errors = [float((got.gradients[leaf].double() - truth).norm() / truth.norm()) for got in (found, dense)]
         assert errors[0] <= 2 * errors[1] + 1e-7, (leaf, errors)
+
+
+@pytest.mark.usefixtures("small", "level")
+@pytest.mark.parametrize("cosine", [0.3, 0.0, -0.2, -0.9])
+def test_texts_far_below_the_best_pair_of_their_tile_keep_their_sums(cosine: float) -> None:
+    """At scale 100 they are up to 274 powers of two below, and float32 ends at 126."""
+    torch.manual_seed(0)
+    axis = F.normalize(torch.randn(24, dtype=torch.float64), dim=0)
+    aside = torch.randn(40, 24, dtype=torch.float64)
+    aside = F.normalize(aside - (aside @ axis)[:, None] * axis, dim=1)
+    images = F.normalize(axis + 0.05 * aside, dim=1)
+    share = torch.where(torch.arange(40) % 3 == 0, 1.0, cosine)[:, None].double()
+    texts = F.normalize(share * axis + (1 - share.square()).sqrt() * aside.flip(0), dim=1)
+    for first, second in ((images, texts), (texts, images)):
+        inputs = draw(ClipLoss(), 40, 24)
+        inputs.leaves.update(image_features=first, text_features=second, logit_scale=torch.tensor(100.0).double())
+        compare(ClipLoss(impl="fused"), ClipLoss(impl="reference"), inputs)
+
+
+@pytest.mark.parametrize("tiles, length", [(1, 1), (32, 33), (70, 45)])
+def test_the_sums_of_many_tiles_become_one(tiles: int, length: int) -> None:
+    from medclip_lab.losses.kernels import fused
+
+    tops, sums = 200 * torch.randn(tiles, length), 1 + 9 * torch.rand(tiles, length)
+    engine = fused.Engine(torch.zeros(1, 16, dtype=torch.bfloat16), torch.ones(()), [1], 1)
+    expected = (tops.double() * math.log(2) + sums.double().log()).logsumexp(0)
+    torch.testing.assert_close(engine._combine(tops, sums), expected, rtol=1e-7, atol=1e-6)
 
 
 @pytest.mark.usefixtures("small")
