@@ -100,6 +100,40 @@ def test_bad_settings_are_told() -> None:
         gpu_bench.Sizes.of(0, None, None, ())
 
 
+def test_shapes_of_tiles_are_tried_in_turn_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuning = pytest.importorskip("medclip_lab.gpu_bench.tuning")
+    before = {level: dict(kinds) for level, kinds in tuning.fused.SHAPES.items()}
+    tried = []
+
+    def step(loss: object, given: object) -> None:
+        del loss, given
+        tried.append(tuning.fused.SHAPES[90]["sigmoid"])
+        if tried[-1].columns == 64:
+            raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(tuning, "step", step)
+    rows = tuning.tune(cases.Machine("cpu", "chunked"), replace(QUICK, peers=((8, 16),)), quiet, ["sigmoid"])
+    assert list(dict.fromkeys(tried)) == tuning.shapes("sigmoid", 90)
+    assert [row["shipped"] for row in rows] == [True] + [False] * (len(rows) - 1)
+    assert before == tuning.fused.SHAPES
+    failed = [row for row in rows if isinstance(row["seconds"], str)]
+    assert failed
+    assert all("128 x 64 x 64" in row["shape"] and "shared memory" in row["seconds"] for row in failed)
+    facts = {"device": "cpu", "commit": None, "date": "", "versions": {}, "python": ""}
+    table = gpu_bench.markdown({"facts": facts, "tune": rows})
+    assert f"| sigmoid | {before[90]['sigmoid']} |" in table
+    assert table.count("| shipped |") == 1
+
+
+def test_every_shape_that_is_tried_can_hold_its_parts() -> None:
+    tuning = pytest.importorskip("medclip_lab.gpu_bench.tuning")
+    for level, kinds in tuning.fused.SHAPES.items():
+        for kind in kinds.keys() & tuning.LOSSES.keys():
+            shapes = tuning.shapes(kind, level)
+            assert len(set(shapes)) == len(shapes) >= 3
+            assert all(shape.columns // shape.parts >= 2 * shape.lanes for shape in shapes)
+
+
 def test_the_script_runs(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "tools" / "gpu_report.py"
     command = [

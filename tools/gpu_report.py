@@ -1,6 +1,7 @@
 """Measure the fused losses on this machine's GPU: right, fast, small? Under eight minutes; needs torch and Triton only.
 
     python tools/gpu_report.py --out benchmarks/gpu
+    python tools/gpu_report.py --parts matrix_rate tune --out runs/tune  # other shapes of tiles beside the shipped ones
     python tools/gpu_report.py --device cpu --out runs/rehearsal  # tiny sizes: does the script itself run?
 
 Writes OUT.json and OUT.md after every part, so that a run that is cut short leaves what it had.
@@ -21,7 +22,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/gpu"))
-    parser.add_argument("--parts", nargs="*", default=[], help="some of: correctness behaviour matrix_rate speed ...")
+    parser.add_argument(
+        "--parts", nargs="*", default=[], help="some of: correctness behaviour matrix_rate speed memory largest tune"
+    )
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"command": " ".join(["python", *sys.argv])}

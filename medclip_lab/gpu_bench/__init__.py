@@ -59,6 +59,12 @@ def facts(machine: Machine) -> dict[str, Any]:
     return told
 
 
+def _tune(machine: Machine, sizes: Sizes, say: Say) -> Any:
+    from medclip_lab.gpu_bench.tuning import tune  # Triton is not everywhere
+
+    return tune(machine, sizes, say)
+
+
 def measure(
     device: str = "cuda", impl: str = "fused", sizes: Sizes | None = None, say: Say = print, parts: Sequence[str] = ()
 ) -> Iterator[tuple[str, Any]]:
@@ -66,7 +72,7 @@ def measure(
 
     Args:
         device: "cuda", or "cpu" for a rehearsal with another `impl`.
-        parts: which; all by default.
+        parts: which; all but "tune" by default, which compiles some sixty kernels.
 
     Raises:
         UserError: no such device.
@@ -82,12 +88,13 @@ def measure(
         "speed": lambda: speed(machine, sizes, say),
         "memory": lambda: memory(machine, sizes, say),
         "largest": lambda: largest(machine, sizes, say),
+        "tune": lambda: _tune(machine, sizes, say),
     }
     if unknown := [part for part in parts if part not in makers]:
         raise UserError(f"no part is named {', '.join(unknown)}; there are {', '.join(makers)}")
     yield "facts", facts(machine)
     for name, make in makers.items():
-        if not parts or name in parts:
+        if name in parts or not (parts or name == "tune"):
             start = time.perf_counter()
             yield name, make()
             say(f"{name}: {time.perf_counter() - start:.0f} s")

@@ -74,6 +74,15 @@ def markdown(result: dict[str, Any]) -> str:
         top = result["largest"]
         seconds = top["seconds"] if isinstance(top["seconds"], str) else f"{top['seconds']:.3g} s"
         lines += [f"Largest batch tried: {top['batch']:,} x {top['dim']}, {top['loss']}: {seconds}.", ""]
+    if "tune" in result:
+        lines += ["## Shapes of tiles", "", "| tile | shape | ms of a step | TFLOP/s | |", "|---|---|---|---|---|"]
+        for row in result["tune"]:
+            head, mark = f"| {row['kind']} | {row['shape']} |", "shipped" if row["shipped"] else ""
+            if isinstance(row["seconds"], str):
+                lines.append(f"{head} {row['seconds']} | | {mark} |")
+            else:
+                lines.append(f"{head} {1e3 * row['seconds']:.3g} | {row['flops'] / 1e12:.3g} | {mark} |")
+        lines.append("")
     return "\n".join(lines)
 
 
