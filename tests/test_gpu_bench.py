@@ -98,6 +98,9 @@ def test_bad_settings_are_told() -> None:
         dict(gpu_bench.measure("cpu", "chunked", QUICK, quiet, ("spede",)))
     with pytest.raises(UserError, match="sizes must be at least 1, got batch 0"):
         gpu_bench.Sizes.of(0, None, None, ())
+    pytest.importorskip("triton")
+    with pytest.raises(UserError, match="no kind of tile is named sigmiod; there are sigmoid, logsumexp"):
+        dict(gpu_bench.measure("cpu", "chunked", QUICK, quiet, ("tune",), ("sigmiod",)))
 
 
 def test_shapes_of_tiles_are_tried_in_turn_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

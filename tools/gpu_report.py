@@ -25,12 +25,14 @@ def main() -> int:
     parser.add_argument(
         "--parts", nargs="*", default=[], help="some of: correctness behaviour matrix_rate speed memory largest tune"
     )
+    parser.add_argument("--tiles", nargs="*", default=[], help="kinds that tune tries: sigmoid logsumexp softmax ...")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"command": " ".join(["python", *sys.argv])}
     rehearsal = args.device == "cpu"
     sizes, impl = (gpu_bench.TINY, "chunked") if rehearsal else (gpu_bench.Sizes(), "fused")
-    for name, part in gpu_bench.measure(args.device, impl, sizes, lambda line: print(line, flush=True), args.parts):
+    parts = gpu_bench.measure(args.device, impl, sizes, lambda line: print(line, flush=True), args.parts, args.tiles)
+    for name, part in parts:
         result[name] = part
         args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
         args.out.with_suffix(".md").write_text(gpu_bench.markdown(result) + "\n")

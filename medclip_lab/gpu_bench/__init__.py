@@ -59,20 +59,26 @@ def facts(machine: Machine) -> dict[str, Any]:
     return told
 
 
-def _tune(machine: Machine, sizes: Sizes, say: Say) -> Any:
+def _tune(machine: Machine, sizes: Sizes, say: Say, tiles: Sequence[str]) -> Any:
     from medclip_lab.gpu_bench.tuning import tune  # Triton is not everywhere
 
-    return tune(machine, sizes, say)
+    return tune(machine, sizes, say, tiles)
 
 
 def measure(
-    device: str = "cuda", impl: str = "fused", sizes: Sizes | None = None, say: Say = print, parts: Sequence[str] = ()
+    device: str = "cuda",
+    impl: str = "fused",
+    sizes: Sizes | None = None,
+    say: Say = print,
+    parts: Sequence[str] = (),
+    tiles: Sequence[str] = (),
 ) -> Iterator[tuple[str, Any]]:
     """Each part of the report as soon as it is there: "facts", "correctness", "behaviour", "matrix_rate", "speed", ...
 
     Args:
         device: "cuda", or "cpu" for a rehearsal with another `impl`.
         parts: which; all but "tune" by default, which compiles some sixty kernels.
+        tiles: kinds of tile that "tune" tries; all by default.
 
     Raises:
         UserError: no such device.
@@ -88,7 +94,7 @@ def measure(
         "speed": lambda: speed(machine, sizes, say),
         "memory": lambda: memory(machine, sizes, say),
         "largest": lambda: largest(machine, sizes, say),
-        "tune": lambda: _tune(machine, sizes, say),
+        "tune": lambda: _tune(machine, sizes, say, tiles),
     }
     if unknown := [part for part in parts if part not in makers]:
         raise UserError(f"no part is named {', '.join(unknown)}; there are {', '.join(makers)}")

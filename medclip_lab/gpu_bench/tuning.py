@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 
+from medclip_lab.errors import UserError
 from medclip_lab.gpu_bench.cases import Machine, Say, Sizes, clear, losses, make_inputs, products, step
 from medclip_lab.losses.kernels import fused
 from medclip_lab.losses.kernels.fused import Shape
 
 LOSSES = {
     "sigmoid": "SigLipLoss",
-    "sigmoid-ids": "SigLipLoss, ids",
     "logsumexp": "ClipLoss",
     "softmax": "ClipLoss",
-    "softmax-ids": "MultiPositiveClipLoss",
     "softmax-labels": "SoftTargetClipLoss",
+    "sigmoid-ids": "SigLipLoss, ids",
+    "softmax-ids": "MultiPositiveClipLoss",
 }
 """By kind of tile the loss that is timed."""
 TILES = (
@@ -52,7 +53,7 @@ def shapes(kind: str, level: int) -> list[Shape]:
     near = [replace(shipped, stages=stages) for stages in (2, 4)] + [replace(shipped, parts=max(1, shipped.parts // 2))]
     others = near
     if level >= 90:
-        finest = {"logsumexp": 16, "softmax-labels": 32}.get(kind, 8)
+        finest = 16 if kind in ("logsumexp", "softmax-labels") else 8
         others = near + [replace(shape, parts=shape.columns // finest) for shape in TILES]
     return list(dict.fromkeys([shipped, *others]))
 
@@ -62,7 +63,12 @@ def tune(machine: Machine, sizes: Sizes, say: Say, kinds: Sequence[str] = ()) ->
 
     Args:
         kinds: of tile; all of `LOSSES` by default.
+
+    Raises:
+        UserError: no such kind.
     """
+    if unknown := [kind for kind in kinds if kind not in LOSSES]:
+        raise UserError(f"no kind of tile is named {', '.join(unknown)}; there are {', '.join(LOSSES)}")
     level = fused.capability(torch.device(machine.device))
     known = max((known for known in fused.SHAPES if known <= level), default=max(fused.SHAPES))
     batch, dim = sizes.peers[-1]

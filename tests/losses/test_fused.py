@@ -124,7 +124,7 @@ def compiled(kernel: Any, given: dict[str, Any], level: int) -> tuple[bytes, int
             signature[name] = "i32" if isinstance(value, int) else "fp32"
             if isinstance(value, int) and value % 16 == 0 and name in ("dim", "stride"):
                 attributes[(place,)] = [["tt.divisibility", 16]]
-    options = {name: given[name] for name in ("num_warps", "num_stages", "maxnreg") if name in given}
+    options = {name: given[name] for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in given}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
