@@ -85,7 +85,7 @@ SHAPES: dict[int, dict[str, Shape]] = {
         "logsumexp": Shape(128, 128, 32, 4, lanes=16),
         "softmax": Shape(128, 128, 32, 4, lanes=16),
         "softmax-ids": Shape(128, 128, 32, 4, lanes=16),
-        "softmax-labels": Shape(128, 128, 32, 4, lanes=16),
+        "softmax-labels": Shape(128, 64, 32, 2, lanes=16),
         "softmax-known": Shape(64, 64, 32, 2, warps=4, lanes=8),
     },
 }
