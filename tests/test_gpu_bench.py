@@ -105,12 +105,12 @@ def test_bad_settings_are_told() -> None:
 
 def test_shapes_of_tiles_are_tried_in_turn_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     tuning = pytest.importorskip("medclip_lab.gpu_bench.tuning")
-    before = {level: dict(kinds) for level, kinds in tuning.fused.SHAPES.items()}
+    before = {level: dict(kinds) for level, kinds in tuning.SHAPES.items()}
     tried = []
 
     def step(loss: object, given: object) -> None:
         del loss, given
-        tried.append(tuning.fused.SHAPES[90]["sigmoid"])
+        tried.append(tuning.SHAPES[90]["sigmoid"])
         if tried[-1].columns == 64:
             raise RuntimeError("out of resource: shared memory")
 
@@ -118,7 +118,7 @@ def test_shapes_of_tiles_are_tried_in_turn_and_put_back(monkeypatch: pytest.Monk
     rows = tuning.tune(cases.Machine("cpu", "chunked"), replace(QUICK, peers=((8, 16),)), quiet, ["sigmoid"])
     assert list(dict.fromkeys(tried)) == tuning.shapes("sigmoid", 90)
     assert [row["shipped"] for row in rows] == [True] + [False] * (len(rows) - 1)
-    assert before == tuning.fused.SHAPES
+    assert before == tuning.SHAPES
     failed = [row for row in rows if isinstance(row["seconds"], str)]
     assert failed
     assert all("128 x 64 x 64" in row["shape"] and "shared memory" in row["seconds"] for row in failed)
@@ -130,7 +130,7 @@ def test_shapes_of_tiles_are_tried_in_turn_and_put_back(monkeypatch: pytest.Monk
 
 def test_every_shape_that_is_tried_can_hold_its_parts() -> None:
     tuning = pytest.importorskip("medclip_lab.gpu_bench.tuning")
-    for level, kinds in tuning.fused.SHAPES.items():
+    for level, kinds in tuning.SHAPES.items():
         for kind in kinds.keys() & tuning.LOSSES.keys():
             shapes = tuning.shapes(kind, level)
             assert len(set(shapes)) == len(shapes) >= 3

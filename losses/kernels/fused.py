@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from medclip_lab.losses.kernels import sigmoid_tile, softmax_tile
 from medclip_lab.losses.kernels.pairs import Block, Formula
+from medclip_lab.losses.kernels.shapes import SHAPES
 from medclip_lab.losses.kernels.targets import EvenTarget, LabelTarget, Target, places
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -33,63 +34,6 @@ CHUNK_BYTES = 2**30
 """Of the slopes that are held at a time, unless that would be too few rows to keep the GPU busy."""
 SMALL_BYTES, FEWEST_ROWS, LEAST_ROWS = 2**28, 4096, 128
 MOST_LABELS = 128
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a tile and of the program that works on it."""
-
-    rows: int
-    columns: int
-    depth: int
-    parts: int
-    """The epilogue takes the columns in so many parts, so that nothing spills."""
-    warps: int = 8
-    stages: int = 3
-    lanes: int = 4
-    """Threads that share a row of the product: 4 of a warp, times the warps side by side."""
-
-    def __str__(self) -> str:
-        size = f"{self.rows} x {self.columns} x {self.depth}"
-        return f"{size}, {self.parts} parts, {self.warps} warps, {self.stages} stages"
-
-    def options(self) -> dict[str, int]:
-        return {
-            "BM": self.rows,
-            "BN": self.columns,
-            "BK": self.depth,
-            "PARTS": self.parts,
-            "LANES": self.lanes,
-            "GROUP": 8,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-            # What later versions of Triton no longer do unasked: a sum and a product in one instruction.
-            "enable_fp_fusion": True,
-        }
-
-
-SHAPES: dict[int, dict[str, Shape]] = {
-    # Up to 128 registers and 113 KiB two programs share a multiprocessor: one multiplies while the other does the rest.
-    90: {
-        "sigmoid": Shape(128, 128, 64, 16),
-        "sigmoid-ids": Shape(128, 128, 64, 16),
-        "logsumexp": Shape(128, 128, 64, 8),
-        "softmax": Shape(128, 128, 64, 16),
-        "softmax-ids": Shape(128, 128, 64, 16),
-        "softmax-labels": Shape(128, 128, 64, 4),
-        "softmax-known": Shape(128, 64, 64, 4),
-    },
-    80: {
-        "sigmoid": Shape(128, 128, 32, 4, lanes=16),
-        "sigmoid-ids": Shape(128, 128, 32, 1, lanes=16),
-        "logsumexp": Shape(128, 128, 32, 4, lanes=16),
-        "softmax": Shape(128, 128, 32, 4, lanes=16),
-        "softmax-ids": Shape(128, 128, 32, 4, lanes=16),
-        "softmax-labels": Shape(128, 64, 32, 2, lanes=16),
-        "softmax-known": Shape(64, 64, 32, 2, warps=4, lanes=8),
-    },
-}
-"""By compute capability from which they hold and kind of tile; what a test compiles to see that nothing spills."""
 
 
 def capability(device: torch.device) -> int:
@@ -207,7 +151,7 @@ class Engine:
             form = list(into.shape), list(into.stride())
             places["slopes"] = TensorDescriptor(into, *form, [shape.rows, shape.columns]) if self.tma else into
         with self._guard():
-            kernel[(shape_tiles(shape, len(images), len(texts)),)](
+            kernel[(shape.programs(len(images), len(texts)),)](
                 **places,
                 **arguments,
                 rows=len(images),
@@ -223,7 +167,7 @@ class Engine:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _sums(self, kind: str, block: Block, each: int) -> Tensor:
-        tiles = shape_tiles(self.shapes[kind], len(block.images), len(block.texts))
+        tiles = self.shapes[kind].programs(len(block.images), len(block.texts))
         return torch.empty(tiles, each, dtype=torch.float32, device=self.device)
 
     def sigmoid(self, bias: Tensor, positive_ids: Sequence[Tensor], ignored_ids: Sequence[Tensor]) -> Formula:
@@ -394,11 +338,6 @@ class _Target:
     rows: Tensor
     columns: Tensor
     own: float
-
-
-def shape_tiles(shape: Shape, rows: int, columns: int) -> int:
-    """Tiles that cover so many rows and columns."""
-    return int(triton.cdiv(rows, shape.rows) * triton.cdiv(columns, shape.columns))
 
 
 def _split(lse: Tensor, weight: float) -> tuple[Tensor, Tensor]:

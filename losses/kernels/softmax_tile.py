@@ -143,6 +143,7 @@ def logsumexp_tile(
     tl.store(row_tops + row_at, top, mask=inside)
     tl.store(row_sums + row_at, tl.sum(sums, 1), mask=inside)
     if tl.min(least, 0) < LEAST:  # a column far below the best pair of the tile
+        # What was written above may be other threads': the barriers of the reductions stand between.
         z = tl.where(inside[:, None], z, float("-inf"))
         _columns_part(z, column, column_tops + column_at, column_sums + column_at, columns, BM, BN, BN // (2 * LANES))
 

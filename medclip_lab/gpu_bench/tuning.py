@@ -1,7 +1,6 @@
 """Which sizes of tile are fastest on this GPU?"""
 
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +11,7 @@ import torch
 from medclip_lab.errors import UserError
 from medclip_lab.gpu_bench.cases import Machine, Say, Sizes, clear, losses, make_inputs, products, step
 from medclip_lab.losses.kernels import fused
-from medclip_lab.losses.kernels.fused import Shape
+from medclip_lab.losses.kernels.shapes import SHAPES, Shape
 
 LOSSES = {
     "sigmoid": "SigLipLoss",
@@ -39,17 +38,17 @@ TILES = (
 @contextmanager
 def tile(kind: str, shape: Shape, level: int) -> Iterator[None]:
     """The kernels of one kind have this shape."""
-    shipped = fused.SHAPES[level]
-    fused.SHAPES[level] = {**shipped, kind: shape}
+    shipped = SHAPES[level]
+    SHAPES[level] = {**shipped, kind: shape}
     try:
         yield
     finally:
-        fused.SHAPES[level] = shipped
+        SHAPES[level] = shipped
 
 
 def shapes(kind: str, level: int) -> list[Shape]:
     """The shipped one first, then others: of `TILES`, or on older GPUs near the shipped one, in other parts."""
-    shipped = fused.SHAPES[level][kind]
+    shipped = SHAPES[level][kind]
     near = [replace(shipped, stages=stages) for stages in (2, 4)] + [replace(shipped, parts=max(1, shipped.parts // 2))]
     others = near
     if level >= 90:
@@ -70,7 +69,7 @@ def tune(machine: Machine, sizes: Sizes, say: Say, kinds: Sequence[str] = ()) ->
     if unknown := [kind for kind in kinds if kind not in LOSSES]:
         raise UserError(f"no kind of tile is named {', '.join(unknown)}; there are {', '.join(LOSSES)}")
     level = fused.capability(torch.device(machine.device))
-    known = max((known for known in fused.SHAPES if known <= level), default=max(fused.SHAPES))
+    known = max((known for known in SHAPES if known <= level), default=max(SHAPES))
     batch, dim = sizes.peers[-1]
     rows = []
     for kind in kinds or LOSSES:
@@ -79,14 +78,12 @@ def tune(machine: Machine, sizes: Sizes, say: Say, kinds: Sequence[str] = ()) ->
         given = make_inputs(batch, dim, machine, name)
         for shape in shapes(kind, known):
             row: dict[str, Any] = {"kind": kind, "loss": name, "batch": batch, "dim": dim, "shape": str(shape)}
-            row["shipped"] = shape == fused.SHAPES[known][kind]
+            row["shipped"] = shape == SHAPES[known][kind]
             try:
                 with tile(kind, shape, known):
-                    start = time.perf_counter()
-                    step(loss, given)
-                    row["first"] = time.perf_counter() - start
-                    times = [machine.seconds(lambda loss=loss, given=given: step(loss, given)) for _ in range(12)]  # type: ignore[misc]
-                row["seconds"] = statistics.median(times[2:])
+                    step(loss, given)  # compiles
+                    times = [machine.seconds(lambda loss=loss, given=given: step(loss, given)) for _ in range(10)]  # type: ignore[misc]
+                row["seconds"] = statistics.median(times)
                 row["flops"] = 2 * products(name) * batch * batch * dim / row["seconds"]
                 say(f"{kind} {shape}: {1e3 * row['seconds']:.3g} ms, {row['flops'] / 1e12:.3g} TFLOP/s")
             except Exception as error:  # too much shared memory, a shape the compiler refuses: the next may do

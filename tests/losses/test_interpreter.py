@@ -37,10 +37,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
-    from medclip_lab.losses.kernels import fused
+    from medclip_lab.losses.kernels import fused, shapes
 
-    tile = fused.Shape(16, 32, 16, 4)
-    monkeypatch.setattr(fused, "SHAPES", {key: dict.fromkeys(kinds, tile) for key, kinds in fused.SHAPES.items()})
+    tile = shapes.Shape(16, 32, 16, 4)
+    monkeypatch.setattr(fused, "SHAPES", {key: dict.fromkeys(kinds, tile) for key, kinds in shapes.SHAPES.items()})
 
 
 def rounded(inputs: Inputs) -> Inputs:
