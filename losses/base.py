@@ -142,7 +142,7 @@ class PairLoss(nn.Module):
             check_features(image_features, text_features, logit_scale, logit_bias, self.paired)
             check_names(type(self).__name__, inputs, self.inputs, self.optional_inputs)
             self.check_inputs(image_features, text_features, **inputs)
-            half, lacking = self._half(image_features, text_features, inputs)
+            half, lacking = self._half(image_features, text_features)
             if not torch.compiler.is_compiling():
                 self._warn_of_norms(image_features, text_features)
         except ValueError as error:
@@ -193,9 +193,7 @@ class PairLoss(nn.Module):
         """The same without that matrix."""
         raise NotImplementedError
 
-    def _half(
-        self, images: Tensor, texts: Tensor, inputs: Mapping[str, Tensor]
-    ) -> tuple[torch.dtype | None, str | None]:
+    def _half(self, images: Tensor, texts: Tensor) -> tuple[torch.dtype | None, str | None]:
         """The dtype in which fused kernels can take the features, or what keeps them from it.
 
         Raises:
@@ -207,9 +205,8 @@ class PairLoss(nn.Module):
         half = images.dtype if images.dtype == texts.dtype else None
         if torch.float32 in (images.dtype, texts.dtype) and torch.is_autocast_enabled(device):
             half = torch.get_autocast_dtype(device)
-        labels = max((value.shape[1] for name, value in inputs.items() if name.endswith("_labels")), default=0)
         columns = 0 if torch.compiler.is_compiling() else len(texts)
-        lacking = kernels.missing(images.device, half, columns, labels)
+        lacking = kernels.missing(images.device, half, columns)
         if lacking is not None and self.impl == "fused":
             raise ValueError(f"impl='fused': {lacking}")
         return (half, None) if lacking is None else (None, lacking)

@@ -1,6 +1,5 @@
 """What a teacher makes of the same batch, taught to a student."""
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -50,10 +49,8 @@ class DistillLoss(SoftmaxLoss):
         if inputs["teacher_logit_scale"].numel() != 1:
             raise ValueError("teacher_logit_scale must be a tensor of one number")
 
-    def _half(
-        self, images: Tensor, texts: Tensor, inputs: Mapping[str, Tensor]
-    ) -> tuple[torch.dtype | None, str | None]:
-        del images, texts, inputs
+    def _half(self, images: Tensor, texts: Tensor) -> tuple[torch.dtype | None, str | None]:
+        del images, texts
         if self.impl == "fused":
             raise ValueError("impl='fused': DistillLoss has no fused kernels")
         return None, None

@@ -7,11 +7,9 @@ gradient stay out of the 16 bits. See `sigmoid_tile.py` and `softmax_tile.py` fo
 With TRITON_INTERPRET=1 in the environment before the first import they run on the CPU, slowly, for tests.
 """
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,20 +18,23 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from medclip_lab.losses.kernels import sigmoid_tile, softmax_tile
+from medclip_lab.losses.kernels import label_tile, sigmoid_tile, softmax_tile
 from medclip_lab.losses.kernels.pairs import Block, Formula
 from medclip_lab.losses.kernels.shapes import SHAPES
-from medclip_lab.losses.kernels.targets import EvenTarget, LabelTarget, Target, places
+from medclip_lab.losses.kernels.targets import LabelSums, LabelTarget, Target, Vectors
+from medclip_lab.losses.kernels.tile_values import LOG2E, by_tile, label_sides, same_ids, split, told
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-LOG2E = 1 / math.log(2)
 HALF = torch.bfloat16, torch.float16
 ALIGN = 16
 """Features are padded to a multiple: 32 bytes, for vector loads and TMA."""
 CHUNK_BYTES = 2**30
 """Of the slopes that are held at a time, unless that would be too few rows to keep the GPU busy."""
 SMALL_BYTES, FEWEST_ROWS, LEAST_ROWS = 2**28, 4096, 128
-MOST_LABELS = 128
+LABEL_TILE = 64
+"""Rows and columns of a tile of similarities of labels."""
+LABEL_ROWS = 4096
+"""Distinct label vectors that are compared with all others at a time."""
 
 
 def capability(device: torch.device) -> int:
@@ -46,13 +47,12 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def missing(device: torch.device, half: torch.dtype | None, columns: int, labels: int = 0) -> str | None:
+def missing(device: torch.device, half: torch.dtype | None, columns: int) -> str | None:
     """What keeps the fused kernels from a call, in words; None if nothing does.
 
     Args:
         half: dtype of the features.
         columns: texts of a rank.
-        labels: K of label vectors that are compared in the kernel.
     """
     if device.type != "cuda" and not INTERPRETED:
         return f"the features are on {device}, not on an NVIDIA GPU"
@@ -61,8 +61,6 @@ def missing(device: torch.device, half: torch.dtype | None, columns: int, labels
         return f"an NVIDIA GPU of compute capability 8.0 is needed, {name} has {capability(device) / 10}"
     if half not in HALF:
         return "features of 16 bits are needed: cast them to bfloat16, or call the loss under torch.autocast"
-    if labels > MOST_LABELS:
-        return f"at most {MOST_LABELS} labels can be compared, there are {labels}"
     least = 2 * LEAST_ROWS * columns
     if least > SMALL_BYTES and least > _free(device):
         return f"one chunk takes {least / 2**30:.1f} GiB of memory, {_free(device) / 2**30:.1f} GiB are free"
@@ -109,6 +107,7 @@ class Engine:
     def __init__(self, image: Tensor, scale: Tensor, sizes: Sequence[int], rows: int) -> None:
         self.device = image.device
         self.scale = scale.detach().float().reshape(1)
+        self.label_sums: LabelSums | None = self._label_logsumexp
         level = capability(self.device)
         self.tma = level >= 90
         self.shapes = SHAPES[max(known for known in SHAPES if known <= level)]
@@ -173,10 +172,8 @@ class Engine:
     def sigmoid(self, bias: Tensor, positive_ids: Sequence[Tensor], ignored_ids: Sequence[Tensor]) -> Formula:
         shift = bias.detach().float().reshape(1)
         kind = "sigmoid-ids" if positive_ids or ignored_ids else "sigmoid"
-        positive, ignored = self._ids(positive_ids), self._ids(ignored_ids)
-        strides = {"image_stride": positive[0].stride(0), "text_stride": positive[1].stride(0)}
-        if len(ignored[0]) and not len(positive[0]):
-            strides = {"image_stride": ignored[0].stride(0), "text_stride": ignored[1].stride(0)}
+        ids = [same_ids(kinds) for kinds in (positive_ids, ignored_ids)]
+        of_images, of_texts = ([*positive, *ignored] for positive, ignored in zip(*ids, strict=True))
 
         def formula(block: Block, slopes: bool) -> tuple[Tensor, Tensor | None]:
             chunk = self._chunk(block) if slopes else None
@@ -189,28 +186,16 @@ class Engine:
                 sums=sums,
                 scale=self.scale,
                 bias=shift,
-                positive_image=positive[0][:, block.rows],
-                positive_text=positive[1][:, block.columns],
-                ignored_image=ignored[0][:, block.rows],
-                ignored_text=ignored[1][:, block.columns],
-                **strides,
+                image_ids=by_tile(of_images, block.rows, self.shapes[kind].rows) if of_images else self.scale,
+                text_ids=by_tile(of_texts, block.columns, self.shapes[kind].columns) if of_texts else self.scale,
                 stride=self._wide,
-                POSITIVE=len(positive[0]),
-                IGNORED=len(ignored[0]),
+                POSITIVE=len(ids[0][0]),
+                IGNORED=len(ids[1][0]),
                 SLOPES=slopes,
             )
             return sums.sum(0, dtype=torch.float64), chunk
 
         return formula
-
-    def _ids(self, ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """int32 [n, N] and [n, M] that are equal where the given ids are equal and not negative."""
-        if not ids:
-            return (torch.empty(0, 1, dtype=torch.int32, device=self.device),) * 2
-        images, texts = ids
-        kinds = [places(*pair) for pair in zip(images.T.contiguous(), texts.T.contiguous(), strict=True)]
-        own, other = (torch.stack(side).int() for side in zip(*kinds, strict=True))
-        return own, other
 
     def logsumexp(self, block: Block, everything: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
         rows, columns = len(block.images), len(block.texts)
@@ -256,14 +241,17 @@ class Engine:
     def softmax(
         self, row_lse_N: Tensor, column_lse_M: Tensor, by_row: float, by_column: float, target: Target
     ) -> Formula:
-        row_tops, row_factors = _split(row_lse_N, by_row)
-        column_tops, column_factors = _split(column_lse_M, by_column)
-        wanted = self._target(target)
+        wanted = told(target)
+        none = self.scale.view(1, 1, 1)
+        image_labels, text_labels = wanted.labels or (none, none)
+        of_rows = [*split(row_lse_N, by_row), *wanted.of_rows]
+        of_columns = [*split(column_lse_M, by_column), *wanted.of_columns]
+        shape = self.shapes[wanted.kind]
 
         def formula(block: Block, slopes: bool) -> tuple[Tensor, Tensor | None]:
             rows, columns = block.rows, block.columns
             chunk = self._chunk(block) if slopes else None
-            sums = self._sums(wanted.kind, block, 2)
+            sums = self._sums(wanted.kind, block, 3)
             self._launch(
                 softmax_tile.softmax_tile,
                 wanted.kind,
@@ -271,77 +259,64 @@ class Engine:
                 chunk,
                 sums=sums,
                 scale=self.scale,
-                row_tops=row_tops[rows],
-                row_factors=row_factors[rows],
-                column_tops=column_tops[columns],
-                column_factors=column_factors[columns],
-                target_image=wanted.image[:, rows],
-                target_text=wanted.text[:, columns],
-                image_stride=wanted.image.stride(0),
-                text_stride=wanted.text.stride(0),
-                target_rows=wanted.rows[:, rows].contiguous(),
-                target_columns=wanted.columns[:, columns].contiguous(),
+                row_values=by_tile(of_rows, rows, shape.rows),
+                column_values=by_tile(of_columns, columns, shape.columns),
+                image_labels=image_labels[:, rows],
+                text_labels=text_labels[:, columns],
+                image_stride=image_labels.stride(0),
+                text_stride=text_labels.stride(0),
+                width=image_labels.shape[2],
+                table=none if wanted.table is None else wanted.table,
                 own=wanted.own,
                 spread=target.spread,
                 stride=self._wide,
                 TARGET=wanted.code,
-                KINDS=wanted.width,
+                KINDS=wanted.kinds,
+                VALUES=len(of_rows),
                 SLOPES=slopes,
             )
-            agreement, cosines = sums.sum(0, dtype=torch.float64)
-            if not target.in_blocks:
-                agreement = torch.zeros_like(agreement)
+            agreement, cosines, similarities = sums.sum(0, dtype=torch.float64)
+            if isinstance(target, LabelTarget):
+                target.agreement += similarities / LOG2E  # 0 where there is a table
             loss = -self.scale.double()[0] * agreement
             return torch.stack([loss, cosines, torch.zeros_like(loss)]), chunk
 
         return formula
 
-    def _target(self, target: Target) -> "_Target":
-        if isinstance(target, EvenTarget):
-            image, text = self._ids([target.image_ids_Nn, target.text_ids_Mn])
-            rows, columns = target.by_row / target.in_row[None], target.by_column / target.in_column[None]
-            return _Target("softmax-ids", 1, len(image), image, text, rows.float(), columns.float(), 0.0)
-        if isinstance(target, LabelTarget):
-            images, texts = target.images, target.texts
-            sides = [[images], [texts]]
-            if target.image_known is not None and target.text_known is not None:
-                images, texts = images * target.image_known, texts * target.text_known
-                sides = [[images], [texts]]
-                if target.similarity == "cosine":
-                    sides = [[images, images.square(), target.image_known], [texts, target.text_known, texts.square()]]
-            elif target.similarity == "cosine":
-                sides = [[F.normalize(images, dim=1)], [F.normalize(texts, dim=1)]]
-            width = max(16, triton.next_power_of_2(images.shape[1]))
-            image, text = (
-                torch.stack([F.pad(value.float(), (0, width - value.shape[1])) for value in side]) for side in sides
-            )
-            rows, columns = (
-                torch.stack(_split(lse, weight))
-                for lse, weight in ((target.row_lse, target.by_row), (target.column_lse, target.by_column))
-            )
-            known = len(image) > 1
-            kind, code = ("softmax-known", 3) if known else ("softmax-labels", 2)
-            return _Target(kind, code, width, image, text, rows, columns, LOG2E / target.temperature)
-        none = torch.empty(1, 1, dtype=torch.float32, device=self.device)
-        return _Target("softmax", 0, 1, none, none, none, none, target.own)
-
-
-@dataclass(frozen=True)
-class _Target:
-    """What `softmax_tile.softmax_tile` is told of a target."""
-
-    kind: str
-    code: int
-    width: int
-    image: Tensor
-    text: Tensor
-    rows: Tensor
-    columns: Tensor
-    own: float
-
-
-def _split(lse: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """float32 top and factor with exp2(z - top) * factor = weight * exp(logit - lse), z the logit in units of log 2."""
-    exact = lse * LOG2E
-    top = exact.float()
-    return top, (weight * torch.exp2(top.double() - exact)).float()
+    def _label_logsumexp(self, images: Vectors, texts: Vectors, target: LabelTarget) -> tuple[Tensor, Tensor]:
+        """See `targets.LabelSums`."""
+        own, other = label_sides(images.values, images.known, texts.values, texts.known, target.similarity)
+        row_lse = torch.empty_like(images.counts)
+        column_lse = torch.full_like(texts.counts, float("-inf"))
+        many, step, columns = texts.counts.float(), LABEL_ROWS, len(texts)
+        for start in range(0, len(images), step):
+            part = own[:, start : start + step]
+            rows = part.shape[1]
+            high, wide = triton.cdiv(rows, LABEL_TILE), triton.cdiv(columns, LABEL_TILE)
+            found = [
+                torch.empty(shape, dtype=torch.float32, device=self.device)
+                for shape in ((wide, rows), (wide, rows), (high, columns), (high, columns))
+            ]
+            with self._guard():
+                label_tile.label_logsumexp_tile[(high * wide,)](
+                    part,
+                    other,
+                    own.stride(0),
+                    other.stride(0),
+                    images.counts[start : start + step].float(),
+                    many,
+                    *found,
+                    LOG2E / target.temperature,
+                    rows,
+                    columns,
+                    own.shape[2],
+                    NORMS=len(own) > 1,
+                    BM=LABEL_TILE,
+                    BN=LABEL_TILE,
+                    GROUP=8,
+                    num_warps=4,
+                    enable_fp_fusion=True,
+                )
+            row_lse[start : start + step] = self._combine(*found[:2])
+            column_lse = torch.logaddexp(column_lse, self._combine(*found[2:]))
+        return row_lse, column_lse

@@ -114,7 +114,9 @@ def softmax_pairs(
         if positive_ids:
             target = EvenTarget(positive_ids, sum(sizes[:rank]), by_row, by_column)
         elif label_values:
-            target = LabelTarget(label_values, similarity, temperature, by_row, by_column)
+            target = LabelTarget(label_values, similarity, temperature, by_row, by_column, engine.label_sums)
+            if half is not None:
+                pairs.order = target.sort()
 
         row_lse = pairs.zero(len(image_ND)).fill_(float("-inf"))
         column_lse = pairs.zero(columns).fill_(float("-inf"))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from medclip_lab import distributed
 from medclip_lab.losses import functional
-from medclip_lab.losses.kernels.targets import Target
+from medclip_lab.losses.kernels.targets import LabelSums, Target
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Loss; its gradients of images, own texts, scale and bias; the least value the loss can reach with these targets."""
@@ -33,7 +33,7 @@ class Block:
     texts: Tensor
     pair: int
     """Column of the block where the first row's pair stands, the next row's beside it; past the columns if the texts
-    are another rank's."""
+    are another rank's. Where the images have an order of their own it means nothing."""
 
 
 Formula = Callable[[Block, bool], tuple[Tensor, Tensor | None]]
@@ -49,6 +49,8 @@ class Engine(Protocol):
     """Images of a block."""
     sums_cosines: bool
     """Whether the sums of a formula hold that of slope times cosine."""
+    label_sums: LabelSums | None
+    """Forms them faster than torch does."""
 
     def prepare(self, features: Tensor) -> Tensor:
         """Features [B, D] as its blocks take them."""
@@ -79,7 +81,11 @@ class Engine(Protocol):
 
 
 class Pairs:
-    """Own images by all texts, in blocks, own texts first."""
+    """Own images by all texts, in blocks, own texts first.
+
+    Attributes:
+        order: int64 [N], in which the images come: row i of the blocks is image `order[i]`. None: as they are.
+    """
 
     def __init__(self, engine: Engine, image: Tensor, text: Tensor, sizes: Sequence[int]) -> None:
         self.engine = engine
@@ -89,6 +95,7 @@ class Pairs:
         # Contiguous, as the ranks add up each other's memory as it lies.
         self._shares = distributed.Shares(text.contiguous(), sizes)
         self.image = engine.prepare(image)
+        self.order: Tensor | None = None
         self._texts: dict[int, Tensor] = {}
 
     def zero(self, *shape: int) -> Tensor:
@@ -104,8 +111,9 @@ class Pairs:
             if grads is not None:
                 grads.begin(text)
             for start in range(0, len(self.image), self.engine.rows) if len(text) else ():
-                own = self.image[start : start + self.engine.rows]
-                rows, columns = slice(start, start + len(own)), slice(offset, offset + len(text))
+                rows, columns = slice(start, start + self.engine.rows), slice(offset, offset + len(text))
+                own = self.image[rows] if self.order is None else self.image[self.order[rows]]
+                rows = slice(start, start + len(own))
                 yield Block(rows, columns, own, text, start if mine else len(text))
             if grads is not None:
                 grads.end(source)
@@ -140,7 +148,11 @@ class Gradients:
         if slopes is None:
             return
         engine = self.pairs.engine
-        if self.image is not None:
+        if self.image is not None and self.pairs.order is not None:
+            part = torch.zeros_like(block.images, dtype=self.pairs.wide)
+            engine.add_product(part, slopes, block.texts)
+            self.image.index_add_(0, self.pairs.order[block.rows], part)  # each row once: the same bits every time
+        elif self.image is not None:
             engine.add_product(self.image[block.rows], slopes, block.texts)
         if self._text is not None:
             engine.add_product(self._text, slopes.T, block.images)

@@ -34,18 +34,14 @@ def _part(
     own,
     scale,
     bias,
-    positive_image,
-    positive_text,
-    ignored_image,
-    ignored_text,
-    image_stride,
-    text_stride,
-    rows,
+    image_ids,
+    text_ids,
     columns,
     SPECIAL: tl.constexpr,
     POSITIVE: tl.constexpr,
     IGNORED: tl.constexpr,
     SLOPES: tl.constexpr,
+    WIDE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     PARTS: tl.constexpr,
@@ -55,27 +51,28 @@ def _part(
     """Add the columns of x to the sums, [BM, LANES] each; slopes, if they are wanted.
 
     Args:
+        image_ids, text_ids: where those of row 0 and of column 0 would stand, were they of this tile.
         SPECIAL: some columns may be past the edge, or where the pairs stand, `own` [BM].
+        WIDE: columns of the tile.
     """
     if PARTS > 1:
         left, right = halves(x, BM, BN)
         left, loss, excess, cosine, slope = _part(
-            left, loss, excess, cosine, slope, row, column, own, scale, bias, positive_image, positive_text,
-            ignored_image, ignored_text, image_stride, text_stride, rows, columns, SPECIAL, POSITIVE, IGNORED, SLOPES,
-            BM, BN // 2, PARTS // 2, LANES, INTERPRETED,
+            left, loss, excess, cosine, slope, row, column, own, scale, bias, image_ids, text_ids, columns, SPECIAL,
+            POSITIVE, IGNORED, SLOPES, WIDE, BM, BN // 2, PARTS // 2, LANES, INTERPRETED,
         )  # fmt: skip
         right, loss, excess, cosine, slope = _part(
-            right, loss, excess, cosine, slope, row, column + BN // 2, own, scale, bias, positive_image,
-            positive_text, ignored_image, ignored_text, image_stride, text_stride, rows, columns, SPECIAL, POSITIVE,
-            IGNORED, SLOPES, BM, BN // 2, PARTS // 2, LANES, INTERPRETED,
+            right, loss, excess, cosine, slope, row, column + BN // 2, own, scale, bias, image_ids, text_ids, columns,
+            SPECIAL, POSITIVE, IGNORED, SLOPES, WIDE, BM, BN // 2, PARTS // 2, LANES, INTERPRETED,
         )  # fmt: skip
         w = whole(left, right, BM, BN) if SLOPES else left
     else:
         z = x * scale + bias
         # -log sigmoid(-z) of a negative, -log sigmoid(z) of a positive: softplus after the sign is turned.
         r, c = row + tl.arange(0, BM), column + tl.arange(0, BN)
+        row_at, column_at = image_ids + r, text_ids + c
         if POSITIVE > 0:
-            positive = same(positive_image, positive_text, r, c, rows, columns, image_stride, text_stride, POSITIVE)
+            positive = same(row_at, column_at, BM, WIDE, POSITIVE)
             if SPECIAL:
                 positive = positive | (c[None, :] == own[:, None])
         elif SPECIAL:
@@ -83,7 +80,7 @@ def _part(
         if SPECIAL or POSITIVE > 0:
             z = tl.where(positive, -z, z)
         if IGNORED > 0:
-            ignored = same(ignored_image, ignored_text, r, c, rows, columns, image_stride, text_stride, IGNORED)
+            ignored = same(row_at + POSITIVE * BM, column_at + POSITIVE * WIDE, BM, WIDE, IGNORED)
             if SPECIAL or POSITIVE > 0:
                 ignored = ignored & (positive == 0)
             z = tl.where(ignored, float("-inf"), z)
@@ -108,7 +105,7 @@ def _part(
     return w, loss, excess, cosine, slope
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "pair", "image_stride", "text_stride"])
+@triton.jit(do_not_specialize=["rows", "columns", "pair"])
 def sigmoid_tile(
     image,
     text,
@@ -116,12 +113,8 @@ def sigmoid_tile(
     sums,
     scale,
     bias,
-    positive_image,
-    positive_text,
-    ignored_image,
-    ignored_text,
-    image_stride,
-    text_stride,
+    image_ids,
+    text_ids,
     rows,
     columns,
     dim,
@@ -145,8 +138,8 @@ def sigmoid_tile(
         image, text: [rows, dim] and [columns, dim], as descriptors of blocks [BM, BK] and [BN, BK], or contiguous.
         slopes: bfloat16 [rows, columns], as a descriptor of blocks [BM, BN], or with rows `stride` apart.
         sums: float32 [tiles, 3]: loss, slope times cosine, slope.
-        positive_image, positive_text: int32 ids [POSITIVE, rows] and [POSITIVE, columns], kinds `image_stride` and
-            `text_stride` apart; `ignored_` likewise.
+        image_ids: int32 [row tiles, POSITIVE + IGNORED, BM], as float32; `text_ids` [column tiles, POSITIVE + IGNORED,
+            BN] likewise.
         pair: column of the first row's pair, the next row's beside it.
     """
     row_tile, column_tile = place(rows, columns, BM, BN, GROUP)
@@ -155,18 +148,18 @@ def sigmoid_tile(
     s, b = tl.load(scale) * LOG2E, tl.load(bias) * LOG2E
     own = pair_columns(row, pair, columns, BM)
     none = tl.zeros((BM, LANES), tl.float32)
+    image_ids += row_tile * (POSITIVE + IGNORED) * BM - row
+    text_ids += column_tile * (POSITIVE + IGNORED) * BN - column
     # Most tiles have no pair and no edge: they are spared the masks.
     if ((pair + row < column + BN) & (column < pair + row + BM)) | (column + BN > columns):
         w, loss, excess, cosine, slope = _part(
-            x, none, none, none, none, row, column, own, s, b, positive_image, positive_text, ignored_image,
-            ignored_text, image_stride, text_stride, rows, columns, True, POSITIVE, IGNORED, SLOPES, BM, BN, PARTS,
-            LANES, INTERPRETED,
+            x, none, none, none, none, row, column, own, s, b, image_ids, text_ids, columns, True, POSITIVE, IGNORED,
+            SLOPES, BN, BM, BN, PARTS, LANES, INTERPRETED,
         )  # fmt: skip
     else:
         w, loss, excess, cosine, slope = _part(
-            x, none, none, none, none, row, column, own, s, b, positive_image, positive_text, ignored_image,
-            ignored_text, image_stride, text_stride, rows, columns, False, POSITIVE, IGNORED, SLOPES, BM, BN, PARTS,
-            LANES, INTERPRETED,
+            x, none, none, none, none, row, column, own, s, b, image_ids, text_ids, columns, False, POSITIVE, IGNORED,
+            SLOPES, BN, BM, BN, PARTS, LANES, INTERPRETED,
         )  # fmt: skip
     if SLOPES:
         store(slopes, w, row, column, rows, stride, BM, BN, TMA)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from medclip_lab.losses.kernels.label_tile import similarity
 from medclip_lab.losses.kernels.tiles import (
     LN2,
     LOG2E,
@@ -10,6 +11,8 @@ from medclip_lab.losses.kernels.tiles import (
     apart,
     cosines,
     halves,
+    integers,
+    looked_up,
     pair_columns,
     place,
     rounded,
@@ -178,33 +181,25 @@ def combine_stats(tops, sums, top_out, sum_out, tiles, length, STEP: tl.constexp
 
 
 @triton.jit
-def _similarity(image_values, text_values, r, c, rows, columns, K: tl.constexpr):
-    """[BM, BN] products of label values [rows, K] and [columns, K], nearly in float32."""
-    k = tl.arange(0, K)
-    a = tl.load(image_values + r[:, None] * K + k[None, :], mask=(r < rows)[:, None], other=0.0)
-    b = tl.load(text_values + c[None, :] * K + k[:, None], mask=(c < columns)[None, :], other=0.0)
-    return tl.dot(a, b, input_precision="tf32x3")
-
-
-@triton.jit
 def _part(
     x,
     wanted,
     cosine,
+    agreement,
     row,
     column,
     pairs,
     scale,
     row_top,
     row_factor,
-    column_tops,
-    column_factors,
-    target_image,
-    target_text,
+    row_values,
+    column_values,
+    image_labels,
+    text_labels,
     image_stride,
     text_stride,
-    target_rows,
-    target_columns,
+    width,
+    table,
     own,
     spread,
     rows,
@@ -213,6 +208,7 @@ def _part(
     TARGET: tl.constexpr,
     KINDS: tl.constexpr,
     SLOPES: tl.constexpr,
+    WIDE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     PARTS: tl.constexpr,
@@ -222,68 +218,66 @@ def _part(
     """Add the columns of x to the sums, [BM, LANES] each; slopes, if they are wanted.
 
     Args:
-        SPECIAL: some columns may be past the edge, or where `pairs` [BM] stand.
+        row_values, column_values: where those of row 0 and of column 0 would stand, were they of this tile.
+        SPECIAL: some columns may be where `pairs` [BM] stand.
+        WIDE: columns of the tile.
     """
     if PARTS > 1:
         left, right = halves(x, BM, BN)
-        left, wanted, cosine = _part(
-            left, wanted, cosine, row, column, pairs, scale, row_top, row_factor, column_tops, column_factors,
-            target_image, target_text, image_stride, text_stride, target_rows, target_columns, own, spread, rows,
-            columns, SPECIAL, TARGET, KINDS, SLOPES, BM, BN // 2, PARTS // 2, LANES, INTERPRETED,
+        left, wanted, cosine, agreement = _part(
+            left, wanted, cosine, agreement, row, column, pairs, scale, row_top, row_factor, row_values, column_values,
+            image_labels, text_labels, image_stride, text_stride, width, table, own, spread, rows, columns, SPECIAL,
+            TARGET, KINDS, SLOPES, WIDE, BM, BN // 2, PARTS // 2, LANES, INTERPRETED,
         )  # fmt: skip
-        right, wanted, cosine = _part(
-            right, wanted, cosine, row, column + BN // 2, pairs, scale, row_top, row_factor, column_tops,
-            column_factors, target_image, target_text, image_stride, text_stride, target_rows, target_columns, own,
-            spread, rows, columns, SPECIAL, TARGET, KINDS, SLOPES, BM, BN // 2, PARTS // 2, LANES, INTERPRETED,
+        right, wanted, cosine, agreement = _part(
+            right, wanted, cosine, agreement, row, column + BN // 2, pairs, scale, row_top, row_factor, row_values,
+            column_values, image_labels, text_labels, image_stride, text_stride, width, table, own, spread, rows,
+            columns, SPECIAL, TARGET, KINDS, SLOPES, WIDE, BM, BN // 2, PARTS // 2, LANES, INTERPRETED,
         )  # fmt: skip
         w = whole(left, right, BM, BN) if SLOPES else left
     else:
         r, c = row + tl.arange(0, BM), column + tl.arange(0, BN)
-        at = c
+        row_at, column_at = row_values + r, column_values + c
         if SPECIAL:
-            at = tl.minimum(c, columns - 1)
             here = c[None, :] == pairs[:, None]
         if TARGET == 1:
-            share = same(target_image, target_text, r, c, rows, columns, image_stride, text_stride, KINDS)
+            share = same(row_at + 3 * BM, column_at + 3 * WIDE, BM, WIDE, KINDS)
             if SPECIAL:
                 share = share | here
-            in_row = tl.load(target_rows + tl.minimum(r, rows - 1))
-            target = tl.where(share, in_row[:, None] + tl.load(target_columns + at)[None, :], 0.0)
-        if TARGET > 1:
-            a = _similarity(target_image, target_text, r, c, rows, columns, KINDS)
-            if TARGET == 3:
-                # Where labels are ignored the norms are those of the labels both know: two more products.
-                squares = _similarity(
-                    target_image + image_stride, target_text + text_stride, r, c, rows, columns, KINDS
-                ) * _similarity(
-                    target_image + 2 * image_stride, target_text + 2 * text_stride, r, c, rows, columns, KINDS
-                )
-                a = a / tl.maximum(tl.sqrt(squares), 1e-12)
-            # Tops and factors of the targets stand one after another.
-            a = a * own
-            row_at, column_at = target_rows + tl.minimum(r, rows - 1), target_columns + at
-            target = tl.exp2(a - tl.load(row_at)[:, None]) * tl.load(row_at + rows)[:, None]
-            target += tl.exp2(a - tl.load(column_at)[None, :]) * tl.load(column_at + columns)[None, :]
-            if SPECIAL:
-                target = tl.where((c < columns)[None, :], target, 0.0)
+            even = tl.load(row_at + 2 * BM)[:, None] + tl.load(column_at + 2 * WIDE)[None, :]
+            target = tl.where(share, even, 0.0)
+        if TARGET == 2:
+            place = integers(row_at + 2 * BM)[:, None] + integers(column_at + 2 * WIDE)[None, :]
+            target = looked_up(table, place, x, INTERPRETED)
+        if TARGET > 2:
+            a = own * similarity(
+                image_labels, text_labels, image_stride, text_stride, r, c, rows, columns, width, TARGET == 4, BM, BN
+            )  # fmt: skip
+            target = _softmaxes(a, row_at + 2 * BM, column_at + 2 * WIDE, BM, WIDE)
+            agreement = anchored(agreement + tl.sum(apart(target * a, BM, BN, LANES), 1), INTERPRETED)
         if TARGET > 0:
             wanted = anchored(wanted + tl.sum(apart(target * x, BM, BN, LANES), 1), INTERPRETED)
         w = x
         if SLOPES:
             z = x * scale
             w = tl.exp2(z - row_top[:, None]) * row_factor[:, None]
-            w += tl.exp2(z - tl.load(column_tops + at)[None, :]) * tl.load(column_factors + at)[None, :]
+            w += tl.exp2(z - tl.load(column_at)[None, :]) * tl.load(column_at + WIDE)[None, :]
             if TARGET > 0:
                 w -= target
             else:
                 w -= spread
                 if SPECIAL:
                     w = tl.where(here, w - own, w)
-            if SPECIAL:
-                w = tl.where((c < columns)[None, :], w, 0.0)
             cosine = anchored(cosine + tl.sum(apart(w * x, BM, BN, LANES), 1), INTERPRETED)
             w = rounded(w, INTERPRETED)
-    return w, wanted, cosine
+    return w, wanted, cosine, agreement
+
+
+@triton.jit
+def _softmaxes(z, row_at, column_at, BM: tl.constexpr, WIDE: tl.constexpr):
+    """The softmax over the columns and the one over the rows; their tops at these places, the factors behind."""
+    by_row = tl.exp2(z - tl.load(row_at)[:, None]) * tl.load(row_at + BM)[:, None]
+    return by_row + tl.exp2(z - tl.load(column_at)[None, :]) * tl.load(column_at + WIDE)[None, :]
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "pair", "image_stride", "text_stride"])
@@ -293,16 +287,14 @@ def softmax_tile(
     slopes,
     sums,
     scale,
-    row_tops,
-    row_factors,
-    column_tops,
-    column_factors,
-    target_image,
-    target_text,
+    row_values,
+    column_values,
+    image_labels,
+    text_labels,
     image_stride,
     text_stride,
-    target_rows,
-    target_columns,
+    width,
+    table,
     own,
     spread,
     rows,
@@ -312,6 +304,7 @@ def softmax_tile(
     stride,
     TARGET: tl.constexpr,
     KINDS: tl.constexpr,
+    VALUES: tl.constexpr,
     SLOPES: tl.constexpr,
     TMA: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -326,41 +319,47 @@ def softmax_tile(
 
     Args:
         image, text, slopes, pair, stride: as for `sigmoid_tile`.
-        sums: float32 [tiles, 2]: target times cosine (where TARGET is not 0), slope times cosine.
-        row_tops, row_factors: float32 [rows]; `column_` likewise.
-        TARGET: 0: `own` for pairs and `spread` for every pair. 1: the sum of `target_rows` [rows] and `target_columns`
-            [columns] where ids are shared and for pairs, int32 ids [KINDS, ...] in `target_image` and `target_text`.
-            2: two softmaxes of products of label values [rows, KINDS] and [columns, KINDS], float32, times `own`;
-            their tops and factors stand in `target_rows` [2, rows] and `target_columns` [2, columns]. 3: the same, of
+        sums: float32 [tiles, 3]: target times cosine (unless TARGET is 0), slope times cosine, target times similarity
+            of labels (where TARGET is 3 or 4).
+        row_values: float32 [row tiles, VALUES, BM]: tops, factors, and what TARGET says; `column_values` [column tiles,
+            VALUES, BN] likewise.
+        TARGET: 0: `own` for pairs and `spread` for every pair. 1: the sum of the third values where one of KINDS ids is
+            shared, the int32 behind them, and for pairs. 2: the float32 in `table`, as many bytes from its start as the
+            third values, int32, add up to. 3: two softmaxes of products of the labels [rows, width] and [columns,
+            width], float32, times `own`; their tops and factors are the third and fourth values. 4: the same, of
             products over the root of two further products, `image_stride` and `text_stride` apart.
     """
     row_tile, column_tile = place(rows, columns, BM, BN, GROUP)
     row, column = row_tile * BM, column_tile * BN
     x = cosines(image, text, row, column, rows, columns, dim, BM, BN, BK, TMA, INTERPRETED)
-    r = row + tl.arange(0, BM)
-    inside = r < rows
-    # What rows past the edge add to nothing: their sums are left out, their slopes are not stored.
-    row_top = tl.load(row_tops + r, mask=inside, other=0.0)
-    row_factor = tl.load(row_factors + r, mask=inside, other=0.0)
+    if not TMA:
+        # As descriptors have it: what is past the edge adds to nothing. Its slopes are not stored, or not read.
+        x = tl.where((column + tl.arange(0, BN) < columns)[None, :], x, 0.0)
     pairs = pair_columns(row, pair, columns, BM)
     none = tl.zeros((BM, LANES), tl.float32)
     s = tl.load(scale) * LOG2E
-    # Most tiles have no pair and no edge: they are spared the masks.
-    special = ((pair + row < column + BN) & (column < pair + row + BM)) | (column + BN > columns)
-    if TARGET == 3 or special:
-        w, wanted, cosine = _part(
-            x, none, none, row, column, pairs, s, row_top, row_factor, column_tops, column_factors, target_image,
-            target_text, image_stride, text_stride, target_rows, target_columns, own, spread, rows, columns, True,
-            TARGET, KINDS, SLOPES, BM, BN, PARTS, LANES, INTERPRETED,
+    row_values += row_tile * VALUES * BM - row
+    column_values += column_tile * VALUES * BN - column
+    r = row + tl.arange(0, BM)
+    row_top = tl.load(row_values + r)
+    row_factor = tl.load(row_values + BM + r)
+    # Most tiles have no pair and are spared the comparisons; labels know nothing of pairs.
+    if TARGET < 2 and (pair + row < column + BN) & (column < pair + row + BM):
+        w, wanted, cosine, agreement = _part(
+            x, none, none, none, row, column, pairs, s, row_top, row_factor, row_values, column_values, image_labels,
+            text_labels, image_stride, text_stride, width, table, own, spread, rows, columns, True, TARGET, KINDS,
+            SLOPES, BN, BM, BN, PARTS, LANES, INTERPRETED,
         )  # fmt: skip
     else:
-        w, wanted, cosine = _part(
-            x, none, none, row, column, pairs, s, row_top, row_factor, column_tops, column_factors, target_image,
-            target_text, image_stride, text_stride, target_rows, target_columns, own, spread, rows, columns, False,
-            TARGET, KINDS, SLOPES, BM, BN, PARTS, LANES, INTERPRETED,
+        w, wanted, cosine, agreement = _part(
+            x, none, none, none, row, column, pairs, s, row_top, row_factor, row_values, column_values, image_labels,
+            text_labels, image_stride, text_stride, width, table, own, spread, rows, columns, False, TARGET, KINDS,
+            SLOPES, BN, BM, BN, PARTS, LANES, INTERPRETED,
         )  # fmt: skip
     if SLOPES:
         store(slopes, w, row, column, rows, stride, BM, BN, TMA)
-    at = sums + tl.program_id(0).to(tl.int64) * 2
+    inside = row + tl.arange(0, BM) < rows
+    at = sums + tl.program_id(0).to(tl.int64) * 3
     tl.store(at, tl.sum(tl.where(inside, tl.sum(wanted, 1), 0.0)))
     tl.store(at + 1, tl.sum(tl.where(inside, tl.sum(cosine, 1), 0.0)))
+    tl.store(at + 2, tl.sum(tl.where(inside, tl.sum(agreement, 1), 0.0)))

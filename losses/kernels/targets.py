@@ -7,7 +7,8 @@ Shape suffixes: N own image rows, M text rows of all ranks, K labels, n kinds of
 the images and of the texts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import ClassVar
 
@@ -19,8 +20,12 @@ from medclip_lab.losses import functional
 
 BLOCK_BYTES = 16 * 2**20
 """Of the block of pairs that is held at a time: it should stay in the last level of cache."""
-GPU_BLOCK_BYTES = 2**29
+GPU_BLOCK_BYTES = 2**27
 """The same on a GPU, where a launch costs more than a block that leaves the cache."""
+TABLE_BYTES, GPU_TABLE_BYTES = 2**26, 2**28
+"""Of the targets that may be held for pairs of distinct label vectors; more of them are formed for every block anew."""
+TABLE_SHARE = 32
+"""Kernels form the targets of so many pairs while torch forms one of a table."""
 
 
 class Target:
@@ -131,12 +136,24 @@ class LabelTarget(Target):
         similarity: "dot" or "cosine".
         temperature: divides the similarity.
         by_row, by_column: weights of the directions.
+        sums: what forms the sums over many distinct vectors; torch by default.
+
+    Attributes:
+        table: [U, V] targets of pairs of distinct label vectors, unless there are too many.
+        image_of, text_of: int64 [N] and [M], which of them each row has.
+        agreement: float64, the sum over own images and all texts of target times similarity over temperature.
     """
 
     in_blocks = True
 
     def __init__(
-        self, values: Sequence[Tensor], similarity: str, temperature: float, by_row: float, by_column: float
+        self,
+        values: Sequence[Tensor],
+        similarity: str,
+        temperature: float,
+        by_row: float,
+        by_column: float,
+        sums: "LabelSums | None" = None,
     ) -> None:
         super().__init__(0.0, 0.0)
         self.images, self.texts = values[:2]
@@ -145,37 +162,68 @@ class LabelTarget(Target):
         self.similarity, self.temperature = similarity, temperature
         self.by_row, self.by_column = by_row, by_column
         # A softmax needs each distinct vector once, and how many rows have it.
-        distinct_images, image_of, of_image = _distinct(self.images, self.image_known)
-        distinct_texts, text_of, of_text = _distinct(self.texts, self.text_known)
-        row_lse = self.images.new_full((len(of_image),), float("-inf"), dtype=torch.float64)
-        column_lse = self.images.new_full((len(of_text),), float("-inf"), dtype=torch.float64)
-        for rows, similar in self._table(distinct_images, distinct_texts):
-            row_lse[rows] = (similar + of_text.log()).logsumexp(1)
-            column_lse = torch.logaddexp(column_lse, (similar + of_image[rows, None].log()).logsumexp(0))
+        images, self.image_of = distinct(self.images, self.image_known)
+        texts, self.text_of = distinct(self.texts, self.text_known)
+        table = self.images.new_empty(len(images), len(texts), device="meta")
+        room = TABLE_BYTES if self.images.device.type == "cpu" else GPU_TABLE_BYTES
+        if sums is not None:
+            room = min(room, len(self.images) * len(self.texts) * table.itemsize // TABLE_SHARE)
+        self.table = torch.empty_like(table, device=self.images.device) if table.nbytes <= room else None
+        self.agreement = torch.zeros((), dtype=torch.float64, device=self.images.device)
+        in_engine = sums is not None and self.table is None
+        row_lse, column_lse = sums(images, texts, self) if sums is not None and in_engine else self._sums(images, texts)
         column_lse = distributed.all_logsumexp(column_lse)
-        agreement = torch.zeros((), dtype=torch.float64, device=self.images.device)
-        for rows, similar in self._table(distinct_images, distinct_texts):
-            target = by_row * (similar - row_lse[rows, None]).exp() + by_column * (similar - column_lse).exp()
-            agreement += (target * similar * of_text).sum(1) @ of_image[rows]
-        columns = (column_lse * of_text).sum() / distributed.world_size()
-        self._floor = by_row * (row_lse * of_image).sum() + by_column * columns - agreement
-        self.row_lse, self.column_lse = row_lse[image_of], column_lse[text_of]
+        if not in_engine:
+            self._agree(images, texts, row_lse, column_lse)
+        self.row_lse, self.column_lse = row_lse[self.image_of], column_lse[self.text_of]
 
-    def _table(
-        self, images: tuple[Tensor, Tensor | None], texts: tuple[Tensor, Tensor | None]
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """float64 similarities of distinct vectors over the temperature, some rows at a time."""
-        (image_values, image_known), (text_values, text_known) = images, texts
-        room = BLOCK_BYTES if image_values.device.type == "cpu" else GPU_BLOCK_BYTES
-        step = max(1, room // (8 * max(1, len(text_values))))
-        for start in range(0, len(image_values), step):
+    def _sums(self, images: "Vectors", texts: "Vectors") -> tuple[Tensor, Tensor]:
+        row_lse = torch.empty_like(images.counts)
+        column_lse = torch.full_like(texts.counts, float("-inf"))
+        for rows, similar in self._similarities(images, texts):
+            row_lse[rows] = (similar + texts.counts.log()).logsumexp(1)
+            column_lse = torch.logaddexp(column_lse, (similar + images.counts[rows, None].log()).logsumexp(0))
+        return row_lse, column_lse
+
+    def _agree(self, images: "Vectors", texts: "Vectors", row_lse: Tensor, column_lse: Tensor) -> None:
+        """Fill the table and sum target times similarity."""
+        for rows, similar in self._similarities(images, texts):
+            target = self.by_row * (similar - row_lse[rows, None]).exp()
+            target += self.by_column * (similar - column_lse).exp()
+            if self.table is not None:
+                self.table[rows] = target
+            self.agreement += (target * similar * texts.counts).sum(1) @ images.counts[rows]
+
+    def _similarities(self, images: "Vectors", texts: "Vectors") -> Iterator[tuple[slice, Tensor]]:
+        """float64 similarities over the temperature, some rows at a time."""
+        room = BLOCK_BYTES if self.images.device.type == "cpu" else GPU_BLOCK_BYTES
+        step = max(1, room // (8 * max(1, len(texts))))
+        for start in range(0, len(images), step):
             rows = slice(start, start + step)
-            known = None if image_known is None else image_known[rows]
-            similar = functional.label_similarity(image_values[rows], text_values, self.similarity, known, text_known)
+            known = None if images.known is None else images.known[rows]
+            similar = functional.label_similarity(
+                images.values[rows], texts.values, self.similarity, known, texts.known
+            )  # fmt: skip
             yield rows, similar.double() / self.temperature
+
+    def sort(self) -> Tensor | None:
+        """Let images of equal label vectors stand together, as then few lines of the table serve a tile.
+
+        Returns:
+            int64 [N]: which of the own images stands where; None where there is no table.
+        """
+        if self.table is None:
+            return None
+        order = self.image_of.argsort(stable=True)
+        self.images, self.row_lse, self.image_of = self.images[order], self.row_lse[order], self.image_of[order]
+        if self.image_known is not None:
+            self.image_known = self.image_known[order]
+        return order
 
     def block(self, rows: slice, columns: slice, pair: int) -> Tensor:
         del pair
+        if self.table is not None:
+            return self.table[self.image_of[rows]].index_select(1, self.text_of[columns])
         similar = functional.label_similarity(
             self.images[rows],
             self.texts[columns],
@@ -189,15 +237,40 @@ class LabelTarget(Target):
         return target.addcmul_(similar.sub_(column_top).exp_(), column_factor)
 
     def floor(self) -> Tensor:
-        return self._floor
+        columns = self.column_lse.sum() / distributed.world_size()
+        return self.by_row * self.row_lse.sum() + self.by_column * columns - self.agreement
 
 
-def _distinct(values: Tensor, known: Tensor | None) -> tuple[tuple[Tensor, Tensor | None], Tensor, Tensor]:
-    """Distinct rows and what is known of them, which of them each row is, and how many rows each stands for."""
+@dataclass(frozen=True)
+class Vectors:
+    """Distinct label vectors [U, K], which labels of them are known, and how many rows have each, float64 [U]."""
+
+    values: Tensor
+    known: Tensor | None
+    counts: Tensor
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+
+LabelSums = Callable[[Vectors, Vectors, LabelTarget], tuple[Tensor, Tensor]]
+"""From distinct vectors of own images and of all texts the float64 log-sum-exp over all texts [U] and over own images
+[V]. Who gives them adds target times similarity, of own images and all texts, to `LabelTarget.agreement` later."""
+
+
+def distinct(values: Tensor, known: Tensor | None) -> tuple[Vectors, Tensor]:
+    """Distinct rows, and which of them each row is."""
     both = values if known is None else torch.cat([values, known], 1)
-    rows, which, counts = torch.unique(both, dim=0, return_inverse=True, return_counts=True)
-    pair = (rows, None) if known is None else (rows[:, : values.shape[1]], rows[:, values.shape[1] :])
-    return pair, which, counts.double()
+    # One number a row is sorted ten times as fast as rows are; that no two rows share it is seen to.
+    weights = torch.arange(1, both.shape[1] + 1, dtype=torch.float64, device=both.device).sin()
+    keys, order = (both * weights).sum(1).sort(stable=True)
+    _, place, counts = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
+    which = torch.empty_like(place).index_copy_(0, order, place)
+    rows = both[order[counts.cumsum(0) - counts]]
+    if not torch.equal(rows[which], both):
+        rows, which, counts = torch.unique(both, dim=0, return_inverse=True, return_counts=True)
+    labels = values.shape[1]
+    return Vectors(rows[:, :labels], None if known is None else rows[:, labels:], counts.double()), which
 
 
 def split(lse: Tensor, weight: float, wide: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -129,18 +129,42 @@ def pair_columns(row, pair, columns, BM: tl.constexpr):
 
 
 @triton.jit
-def same(image_ids, text_ids, r, c, rows, columns, image_stride, text_stride, KINDS: tl.constexpr):
-    """Which pairs share an id of one kind at least; ids int32 [KINDS, ...], those that are no group never equal.
+def integers(at):
+    """int32 that stand among float32."""
+    return tl.load(at).to(tl.int32, bitcast=True)
 
-    No column past the edge is equal to any row; what rows past the edge are equal to means nothing.
+
+@triton.jit
+def same(row_at, column_at, ROW_STEP: tl.constexpr, COLUMN_STEP: tl.constexpr, KINDS: tl.constexpr):
+    """Which pairs share an id of one kind at least; those that are no group are never equal.
+
+    Args:
+        row_at, column_at: places [BM] and [BN] of the first kind, the next kinds a step behind.
     """
-    r = tl.minimum(r, rows - 1)
-    found = r[:, None] < 0
-    for kind in tl.static_range(KINDS):
-        own = tl.load(image_ids + kind * image_stride + r)
-        other = tl.load(text_ids + kind * text_stride + c, mask=c < columns, other=-2)
+    found = integers(row_at)[:, None] == integers(column_at)[None, :]
+    for kind in tl.static_range(1, KINDS):
+        own, other = integers(row_at + kind * ROW_STEP), integers(column_at + kind * COLUMN_STEP)
         found = found | (own[:, None] == other[None, :])
     return found
+
+
+@triton.jit
+def looked_up(table, at, x, INTERPRETED: tl.constexpr):
+    """Elements of a float32 table, `at` in bytes, where the products x are.
+
+    An ordinary load would be made by other threads, and what it finds moved to those of x through shared memory.
+    """
+    if INTERPRETED:
+        return tl.load(table + at // 4)
+    base = table.to(tl.int64)
+    return tl.inline_asm_elementwise(
+        "{ .reg .u64 at; cvt.u64.u32 at, $2; add.u64 at, at, $1; ld.global.nc.f32 $0, [at]; }",
+        "=f,l,r,f",
+        [base, at, x],
+        dtype=tl.float32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit

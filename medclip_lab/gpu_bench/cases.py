@@ -15,7 +15,7 @@ from medclip_lab.errors import UserError
 from medclip_lab.losses import ClipLoss, MultiPositiveClipLoss, SigLipLoss, SoftTargetClipLoss
 from medclip_lab.losses.base import PairLoss
 
-LABELS, PRESENT = 14, 0.1
+LABELS, MANY_LABELS, PRESENT = 14, 40, 0.1
 SPREAD = 100
 """Dimensions of trained features."""
 Call = Callable[[dict[str, Tensor]], Tensor]
@@ -134,6 +134,7 @@ def losses(impl: str, only: Sequence[str] = ()) -> dict[str, PairLoss]:
         "MultiPositiveClipLoss": MultiPositiveClipLoss("text", impl=impl),
         "SoftTargetClipLoss": SoftTargetClipLoss(target_temperature=0.1, impl=impl),
         "SoftTargetClipLoss, ignore": SoftTargetClipLoss(target_temperature=0.1, unmentioned="ignore", impl=impl),
+        f"SoftTargetClipLoss, {MANY_LABELS} labels": SoftTargetClipLoss(target_temperature=0.1, impl=impl),
     }
     if unknown := [name for name in only if name not in known]:
         raise UserError(f"no loss is named {'; '.join(unknown)}; there are {'; '.join(known)}")
@@ -176,7 +177,8 @@ def make_inputs(
     for key in ("text_ids", "patient_ids"):
         given[key] = torch.randint(0, max(2, rows // 2), (rows,), generator=generator, device=machine.device)
     for key in ("image_labels", "text_labels"):
-        chance = torch.rand(rows, LABELS, generator=generator, device=machine.device)
+        many = MANY_LABELS if name.endswith(" labels") else LABELS
+        chance = torch.rand(rows, many, generator=generator, device=machine.device)
         given[key] = torch.where(chance < PRESENT, 1.0, torch.where(chance > 0.6, math.nan, 0.0))
     return given
 

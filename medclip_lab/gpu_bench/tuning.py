@@ -17,7 +17,8 @@ LOSSES = {
     "sigmoid": "SigLipLoss",
     "logsumexp": "ClipLoss",
     "softmax": "ClipLoss",
-    "softmax-labels": "SoftTargetClipLoss",
+    "softmax-table": "SoftTargetClipLoss",
+    "softmax-labels": "SoftTargetClipLoss, 40 labels",
     "sigmoid-ids": "SigLipLoss, ids",
     "softmax-ids": "MultiPositiveClipLoss",
 }

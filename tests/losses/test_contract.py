@@ -19,7 +19,8 @@ from medclip_lab.losses import (
     SoftTargetClipLoss,
     WeightedSum,
 )
-from medclip_lab.losses.testing import Runner, check_loss, check_ranks, draw, outcome
+from medclip_lab.losses.kernels import targets
+from medclip_lab.losses.testing import Inputs, Runner, check_loss, check_ranks, draw, outcome
 
 
 @dataclass
@@ -62,6 +63,38 @@ def test_reference_keeps_the_contract(kind: Kind) -> None:
 def test_chunked_keeps_the_contract(kind: Kind, chunk: int | None) -> None:
     loss = kind(impl="chunked", chunk_size=chunk)
     check_loss(loss, reference=kind(impl="reference"), rows=(1, 2, 7), dims=(8,), world_sizes=(), compiles=chunk == 3)
+
+
+def relabelled(inputs: Inputs, labels: str) -> Inputs:
+    """As drawn, masks and all; without masks; with label vectors that repeat; with 40 labels."""
+    if labels == "masked":
+        return inputs
+    extra = {name: value for name, value in inputs.extra.items() if not name.endswith("_mask")}
+    for name in ("image_labels", "text_labels"):
+        if labels == "few":
+            extra[name] = extra[name][:, :2].nan_to_num(0.0)
+        elif labels == "many":
+            extra[name] = extra[name].repeat(1, 8)
+    return Inputs(inputs.leaves, extra)
+
+
+@pytest.mark.parametrize("name", ["soft", "soft-dot", "soft-ignore"])
+@pytest.mark.parametrize("labels", ["masked", "known", "few", "many"])
+@pytest.mark.parametrize("table", [True, False], ids=["table", "no table"])
+def test_chunked_takes_any_label_vectors(name: str, labels: str, table: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few and many, with and without masks; with a table of their targets, or formed where they are wanted."""
+    if not table:
+        monkeypatch.setattr(targets, "TABLE_BYTES", 0)
+    inputs = relabelled(draw(KINDS[name](), 70, 8), labels)
+    found, expected = (outcome(KINDS[name](impl=impl, chunk_size=16), inputs) for impl in ("chunked", "reference"))
+    torch.testing.assert_close(found.value, expected.value, rtol=1e-10, atol=1e-12)
+    for leaf, gradient in expected.gradients.items():
+        torch.testing.assert_close(found.gradients[leaf], gradient, rtol=1e-8, atol=1e-11)
+    told, wanted = (
+        KINDS[name](impl=impl, chunk_size=16)(**inputs.leaves, **inputs.extra, output_dict=True)["excess_loss"]
+        for impl in ("chunked", "reference")
+    )
+    torch.testing.assert_close(told, wanted, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)

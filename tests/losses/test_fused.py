@@ -23,8 +23,8 @@ from medclip_lab.losses.testing import draw
 triton = pytest.importorskip("triton")
 SHARED_MEMORY = 227 * 1024
 """Bytes a program can have on sm_90; on sm_80 it is 163 KiB."""
-TWO = ("sigmoid", "softmax")
-"""Kinds of which two programs share a multiprocessor on sm_90, unless there are ids or labels."""
+TWO = ("sigmoid", "softmax", "softmax-table")
+"""Kinds of which two programs share a multiprocessor on sm_90."""
 
 
 def test_interpreted_kernels_are_the_reference() -> None:
@@ -55,6 +55,7 @@ VARIANTS = {
     "sigmoid-ids": SigLipLoss(positives="text", ignored=["patient", "study"]),
     "softmax": ClipLoss(),
     "softmax-ids": MultiPositiveClipLoss(["study", "text"]),
+    "softmax-table": SoftTargetClipLoss(),
     "softmax-labels": SoftTargetClipLoss(),
     "softmax-known": SoftTargetClipLoss(unmentioned="ignore"),
 }
@@ -63,7 +64,7 @@ VARIANTS = {
 
 def launches(kind: str, level: int, dtype: torch.dtype, slopes: bool) -> list[tuple[Any, dict[str, Any]]]:
     """What the engine launches for a loss on such a GPU."""
-    from medclip_lab.losses.kernels import fused, pairs, sigmoid_tile, softmax_tile
+    from medclip_lab.losses.kernels import fused, label_tile, pairs, sigmoid_tile, softmax_tile
 
     rows, dim = 200, 100
     loss = VARIANTS[kind]
@@ -73,6 +74,7 @@ def launches(kind: str, level: int, dtype: torch.dtype, slopes: bool) -> list[tu
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "capability", lambda _: level)
         patch.setattr(sigmoid_tile, "sigmoid_tile", Recorder(sigmoid_tile.sigmoid_tile, calls))
+        patch.setattr(label_tile, "label_logsumexp_tile", Recorder(label_tile.label_logsumexp_tile, calls))
         for name in ("logsumexp_tile", "softmax_tile", "combine_stats"):
             patch.setattr(softmax_tile, name, Recorder(getattr(softmax_tile, name), calls))
         engine = fused.Engine(image.to(dtype), scale, [rows], 128)
@@ -91,7 +93,9 @@ def launches(kind: str, level: int, dtype: torch.dtype, slopes: bool) -> list[tu
             elif kind != "softmax":
                 values = [functional.label_values(inputs.extra[f"{side}_labels"]) for side in ("image", "text")]
                 known = [torch.ones_like(value) for value in values] if kind == "softmax-known" else []
-                target = targets.LabelTarget([*values, *known], "cosine", 0.1, 0.5, 0.5)
+                if kind != "softmax-table":
+                    patch.setattr(targets, "TABLE_BYTES", 0)
+                target = targets.LabelTarget([*values, *known], "cosine", 0.1, 0.5, 0.5, engine.label_sums)
             lse = torch.zeros(rows, dtype=torch.float64)
             formula = engine.softmax(lse, lse, 0.5, 0.5, target)
         for block in walk.blocks():
@@ -122,7 +126,7 @@ def compiled(kernel: Any, given: dict[str, Any], level: int) -> tuple[bytes, int
             attributes[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32" if isinstance(value, int) else "fp32"
-            if isinstance(value, int) and value % 16 == 0 and name in ("dim", "stride"):
+            if isinstance(value, int) and value % 16 == 0 and name in ("dim", "stride", "width"):
                 attributes[(place,)] = [["tt.divisibility", 16]]
     options = {name: given[name] for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in given}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -157,7 +161,8 @@ def test_every_shipped_shape_compiles_without_spills(level: int, dtype: torch.dt
             for kernel, call in launches(kind, level, dtype, slopes):
                 if kernel.__name__ != "combine_stats":
                     jobs[f"{kind}-{kernel.__name__}-{'slopes' if slopes else 'value'}"] = kernel, call
-    assert {kernel.__name__ for kernel, _ in jobs.values()} == {"sigmoid_tile", "logsumexp_tile", "softmax_tile"}
+    kernels = {"sigmoid_tile", "logsumexp_tile", "softmax_tile", "label_logsumexp_tile"}
+    assert {kernel.__name__ for kernel, _ in jobs.values()} == kernels
 
     def check(name: str) -> str | None:
         cubin, shared = compiled(*jobs[name], level)
@@ -181,7 +186,7 @@ def test_rows_begin_where_vector_loads_and_descriptors_want_them(level: int) -> 
     """Every 32 bytes, for an embed dim of 100 too; the interpreter and the compiler would not mind."""
     for kind in VARIANTS:
         for kernel, call in launches(kind, level, torch.bfloat16, True):
-            if kernel.__name__ == "combine_stats":
+            if kernel.__name__ in ("combine_stats", "label_logsumexp_tile"):
                 continue
             assert call["dim"] == 112
             places = [getattr(call[name], "base", call[name]) for name in ("image", "text")]
@@ -245,33 +250,32 @@ def test_the_lack_of_a_gpu_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    "major, minor, dtype, texts, labels, words",
+    "major, minor, dtype, texts, words",
     [
-        (7, 5, torch.bfloat16, 8, 0, "compute capability 8.0 is needed, GPU X has 7.5"),
-        (9, 0, torch.float32, 8, 0, "features of 16 bits are needed: cast them to bfloat16, or .* torch.autocast"),
-        (9, 0, None, 8, 0, "features of 16 bits are needed"),
-        (9, 0, torch.bfloat16, 8, 129, "at most 128 labels can be compared, there are 129"),
-        (9, 0, torch.bfloat16, 2**26, 0, r"one chunk takes 16.0 GiB of memory, 8.0 GiB are free"),
-        (8, 0, torch.float16, 2**20, 128, None),
-        (12, 0, torch.bfloat16, 2**20, 14, None),
+        (7, 5, torch.bfloat16, 8, "compute capability 8.0 is needed, GPU X has 7.5"),
+        (9, 0, torch.float32, 8, "features of 16 bits are needed: cast them to bfloat16, or .* torch.autocast"),
+        (9, 0, None, 8, "features of 16 bits are needed"),
+        (9, 0, torch.bfloat16, 2**26, r"one chunk takes 16.0 GiB of memory, 8.0 GiB are free"),
+        (8, 0, torch.float16, 2**20, None),
+        (12, 0, torch.bfloat16, 2**20, None),
     ],
 )
 def test_what_is_missing_is_said(
-    major: int, minor: int, dtype: torch.dtype, texts: int, labels: int, words: str | None, monkeypatch: Any
+    major: int, minor: int, dtype: torch.dtype, texts: int, words: str | None, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, minor))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GPU X")
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 3 * 2**30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2**30)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (6 * 2**30, 2**40))
-    found = missing(torch.device("cuda:0"), dtype, texts, labels)
+    found = missing(torch.device("cuda:0"), dtype, texts)
     assert (found is None) if words is None else re.search(words, str(found)), found
 
 
 def test_without_triton_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(kernels, "fused", raising=False)
     monkeypatch.setitem(sys.modules, "medclip_lab.losses.kernels.fused", None)
-    assert "Triton cannot be imported" in str(missing(torch.device("cuda:0"), torch.bfloat16, 8, 0))
+    assert "Triton cannot be imported" in str(missing(torch.device("cuda:0"), torch.bfloat16, 8))
 
 
 def test_one_loud_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,3 +292,20 @@ def test_one_loud_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         SigLipLoss()(**small.leaves)  # the matrix is small: nobody needs kernels
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), rows=st.integers(0, 30), labels=st.integers(1, 3), clash=st.booleans())
+def test_label_vectors_are_told_apart(data: st.DataObject, rows: int, labels: int, clash: bool) -> None:
+    some = st.lists(st.sampled_from([0.0, 1.0, -1.0, 0.5]), min_size=rows * labels, max_size=rows * labels)
+    values, known = (torch.tensor(data.draw(some)).reshape(rows, labels) for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        if clash:  # the number that stands for a row is the same for all
+            patch.setattr(Tensor, "sin", lambda values: torch.zeros_like(values))
+        found, which = targets.distinct(values, known)
+    assert found.known is not None
+    assert torch.equal(found.values[which], values)
+    assert torch.equal(found.known[which], known)
+    both = torch.cat([values, known], 1)
+    assert len(found) == (len(both.unique(dim=0)) if rows else 0)
+    assert torch.equal(found.counts, torch.bincount(which, minlength=len(found)).double())

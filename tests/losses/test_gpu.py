@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from medclip_lab.losses.kernels import targets
 from medclip_lab.losses.testing import Inputs, Outcome, draw, outcome
 
-from .test_contract import KINDS, Kind
+from .test_contract import KINDS, Kind, relabelled
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 FUSED = ["clip", "clip-convirt", "clip-smooth", "siglip", "siglip-ids", "multi-positive", "soft", "soft-ignore"]
@@ -52,6 +53,16 @@ def test_fused_is_the_reference(name: str, dtype: torch.dtype, rows: int, dim: i
     inputs = draw(KINDS[name](), rows, dim).to(dtype)
     expected = outcome(KINDS[name](impl="reference"), inputs.to(torch.float64))
     compare(outcome(KINDS[name](impl="fused", chunk_size=chunk), on_gpu(inputs)), expected, inputs, 5e-3)
+
+
+@pytest.mark.parametrize("labels", ["masked", "known", "few", "many"])
+@pytest.mark.parametrize("share", [1, 2**40], ids=["table", "no table"])
+@pytest.mark.parametrize("name", ["soft", "soft-dot", "soft-ignore"])
+def test_fused_takes_any_label_vectors(name: str, labels: str, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "TABLE_SHARE", share)
+    inputs = relabelled(draw(KINDS[name](), 700, 96), labels).to(torch.bfloat16)
+    expected = outcome(KINDS[name](impl="reference"), inputs.to(torch.float64))
+    compare(outcome(KINDS[name](impl="fused", chunk_size=256), on_gpu(inputs)), expected, inputs, 5e-3)
 
 
 @pytest.mark.parametrize("name", FUSED)

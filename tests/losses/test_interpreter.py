@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medclip_lab.losses import ClipLoss, SigLipLoss, SoftTargetClipLoss
+from medclip_lab.losses import ClipLoss, SigLipLoss
 from medclip_lab.losses.testing import Inputs, Outcome, draw, outcome, processes
 
-from .test_contract import KINDS, Kind
+from .test_contract import KINDS, Kind, relabelled
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs under TRITON_INTERPRET=1")
 TOLERANCE = 2e-6
@@ -37,8 +37,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
-    from medclip_lab.losses.kernels import fused, shapes
+    from medclip_lab.losses.kernels import fused, shapes, targets
 
+    monkeypatch.setattr(targets, "TABLE_SHARE", 1)
     tile = shapes.Shape(16, 32, 16, 4)
     monkeypatch.setattr(fused, "SHAPES", {key: dict.fromkeys(kinds, tile) for key, kinds in shapes.SHAPES.items()})
 
@@ -70,9 +71,46 @@ def test_is_the_reference(kind: Kind, rows: int, dim: int, chunk: int | None) ->
     compare(kind(impl="fused", chunk_size=chunk), kind(impl="reference"), draw(kind(), rows, dim))
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    "name, labels",
+    [
+        *(("soft", labels) for labels in ("masked", "known", "few", "many")),
+        *(("soft-ignore", labels) for labels in ("masked", "few")),
+        ("soft-dot", "few"),
+    ],
+)
+@pytest.mark.parametrize("table", [True, False], ids=["table", "no table"])
+def test_label_vectors(name: str, labels: str, table: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few and many, with and without masks; with a table of their targets, or formed where they are wanted."""
+    from medclip_lab.losses.kernels import fused, targets
+
+    if not table:
+        monkeypatch.setattr(targets, "TABLE_BYTES", 0)
+    monkeypatch.setattr(fused, "LABEL_TILE", 16)
+    monkeypatch.setattr(fused, "LABEL_ROWS", 32)
+    kind = KINDS[name]
+    for rows, chunk in ((3, None), (70, 32)):
+        inputs = relabelled(draw(kind(), rows, 24), labels)
+        compare(kind(impl="fused", chunk_size=chunk), kind(impl="reference"), inputs)
+        low = rounded(inputs)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            found = kind(impl="fused", chunk_size=chunk)(**low.leaves, **low.extra, output_dict=True)
+        wide = low.to(torch.float64)
+        expected = kind(impl="reference")(**wide.leaves, **wide.extra, output_dict=True)["excess_loss"]
+        torch.testing.assert_close(found["excess_loss"].double(), expected, rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.usefixtures("level")
-@pytest.mark.parametrize("name", ["clip", "siglip", "siglip-ids", "multi-positive", "soft", "soft-ignore"])
-def test_shipped_shapes_are_the_reference(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["clip", "siglip", "siglip-ids", "multi-positive", "soft", "soft-ignore", "soft-table"]
+)
+def test_shipped_shapes_are_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "soft-table":
+        from medclip_lab.losses.kernels import targets
+
+        name = "soft"
+        monkeypatch.setattr(targets, "TABLE_SHARE", 1)
     compare(KINDS[name](impl="fused"), KINDS[name](impl="reference"), draw(KINDS[name](), 129, 72))
 
 
@@ -188,19 +226,29 @@ def test_under_compile(name: str) -> None:
         assert torch.equal(found.gradients[leaf], gradient)
 
 
-def _share(loss: nn.Module, inputs: Inputs, shares: list[int]) -> Outcome:
+def _share(loss: nn.Module, inputs: Inputs, shares: list[int], table: bool) -> Outcome:
+    from medclip_lab.losses.kernels import targets
+
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
+        if not table:
+            patch.setattr(targets, "TABLE_BYTES", 0)
         return outcome(loss, inputs.share(shares, torch.distributed.get_rank()), autocast=True)
 
 
 def test_ranks_are_one_process() -> None:
     with processes(2) as run:
-        for name in ("clip", "siglip-ids", "multi-positive", "soft"):
+        for name, table in (
+            ("clip", True),
+            ("siglip-ids", True),
+            ("multi-positive", True),
+            ("soft", True),
+            ("soft", False),
+        ):
             inputs = rounded(draw(KINDS[name](), 40, 16))
             expected = outcome(KINDS[name](impl="reference"), inputs.to(torch.float64))
             for shares in ([3, 37], [40, 0]):
-                answers: list[Outcome] = run(_share, (KINDS[name](impl="fused", chunk_size=16), inputs, shares))
+                answers: list[Outcome] = run(_share, (KINDS[name](impl="fused", chunk_size=16), inputs, shares, table))
                 for answer in answers:
                     assert abs(answer.value - expected.value) <= 1e-6 * abs(expected.value)
                 for leaf, gradient in expected.gradients.items():
@@ -214,8 +262,3 @@ def test_wants_16_bits() -> None:
     inputs = draw(ClipLoss(), 4, 8).to(torch.float32)
     with pytest.raises(ValueError, match="impl='fused': features of 16 bits are needed"):
         ClipLoss(impl="fused")(**inputs.leaves)
-    labels = torch.zeros(4, 200)
-    with pytest.raises(ValueError, match="at most 128 labels can be compared, there are 200"):
-        SoftTargetClipLoss(impl="fused")(
-            **draw(ClipLoss(), 4, 8).to(torch.bfloat16).leaves, image_labels=labels, text_labels=labels
-        )
