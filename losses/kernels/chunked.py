@@ -12,7 +12,7 @@ from torch import Tensor
 
 from medclip_lab.losses import functional
 from medclip_lab.losses.kernels.pairs import Block, Formula
-from medclip_lab.losses.kernels.targets import BLOCK_BYTES, LabelSums, Target, split
+from medclip_lab.losses.kernels.targets import BLOCK_BYTES, Target, split
 
 
 class Engine:
@@ -23,7 +23,7 @@ class Engine:
     """
 
     sums_cosines = False
-    label_sums: LabelSums | None = None
+    label_sums = None
 
     def __init__(self, image: Tensor, text: Tensor, scale: Tensor, sizes: Sequence[int], rows: int) -> None:
         self.dtype = functional.wide_dtype(image, text)

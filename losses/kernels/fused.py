@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from medclip_lab.losses.kernels import label_tile, sigmoid_tile, softmax_tile
 from medclip_lab.losses.kernels.pairs import Block, Formula
 from medclip_lab.losses.kernels.shapes import SHAPES
-from medclip_lab.losses.kernels.targets import LabelSums, LabelTarget, Target, Vectors
+from medclip_lab.losses.kernels.targets import LabelTarget, Target, Vectors
 from medclip_lab.losses.kernels.tile_values import LOG2E, by_tile, label_sides, same_ids, split, told
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -107,7 +107,6 @@ class Engine:
     def __init__(self, image: Tensor, scale: Tensor, sizes: Sequence[int], rows: int) -> None:
         self.device = image.device
         self.scale = scale.detach().float().reshape(1)
-        self.label_sums: LabelSums | None = self._label_logsumexp
         level = capability(self.device)
         self.tma = level >= 90
         self.shapes = SHAPES[max(known for known in SHAPES if known <= level)]
@@ -283,7 +282,7 @@ class Engine:
 
         return formula
 
-    def _label_logsumexp(self, images: Vectors, texts: Vectors, target: LabelTarget) -> tuple[Tensor, Tensor]:
+    def label_sums(self, images: Vectors, texts: Vectors, target: LabelTarget) -> tuple[Tensor, Tensor]:
         """See `targets.LabelSums`."""
         own, other = label_sides(images.values, images.known, texts.values, texts.known, target.similarity)
         row_lse = torch.empty_like(images.counts)

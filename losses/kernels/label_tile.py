@@ -10,7 +10,8 @@ from medclip_lab.losses.kernels.tiles import place
 def _products(image_labels, text_labels, r, c, rows, columns, width, BM: tl.constexpr, BN: tl.constexpr):
     """[BM, BN] products, nearly in float32; 0 past the edge."""
     k = tl.arange(0, 16)
-    a_at, b_at = image_labels + r[:, None] * width + k[None, :], text_labels + c[None, :] * width + k[:, None]
+    a_at = image_labels + r.to(tl.int64)[:, None] * width + k[None, :]
+    b_at = text_labels + c.to(tl.int64)[None, :] * width + k[:, None]
     out = tl.zeros((BM, BN), tl.float32)
     for _ in tl.range(0, width, 16, num_stages=1):
         a = tl.load(a_at, mask=(r < rows)[:, None], other=0.0)

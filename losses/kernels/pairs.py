@@ -49,8 +49,10 @@ class Engine(Protocol):
     """Images of a block."""
     sums_cosines: bool
     """Whether the sums of a formula hold that of slope times cosine."""
-    label_sums: LabelSums | None
-    """Forms them faster than torch does."""
+
+    @property
+    def label_sums(self) -> LabelSums | None:
+        """Forms them faster than torch does."""
 
     def prepare(self, features: Tensor) -> Tensor:
         """Features [B, D] as its blocks take them."""

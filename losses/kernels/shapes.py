@@ -49,7 +49,7 @@ SHAPES: dict[int, dict[str, Shape]] = {
         "softmax": Shape(128, 128, 64, 16),
         "softmax-ids": Shape(128, 128, 64, 16),
         "softmax-table": Shape(128, 128, 64, 16),
-        "softmax-labels": Shape(128, 128, 64, 4),
+        "softmax-labels": Shape(128, 64, 64, 4),
         "softmax-known": Shape(128, 64, 64, 4),
     },
     80: {

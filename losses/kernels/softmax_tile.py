@@ -173,7 +173,7 @@ def combine_stats(tops, sums, top_out, sum_out, tiles, length, STEP: tl.constexp
     place = tile[:, None] * length + at[None, :]
     for start in range(0, tiles, STEP):
         found = inside[None, :] & (start + tile < tiles)[:, None]
-        above = tl.load(tops + place, mask=found, other=0.0) - highest[None, :]
+        above = tl.load(tops + place, mask=found, other=float("-inf")) - highest[None, :]
         total += (tl.load(sums + place, mask=found, other=0.0) * tl.exp2(above)).to(tl.float64)
         place += step
     tl.store(top_out + at, highest, mask=inside)
@@ -219,7 +219,7 @@ def _part(
 
     Args:
         row_values, column_values: where those of row 0 and of column 0 would stand, were they of this tile.
-        SPECIAL: some columns may be where `pairs` [BM] stand.
+        SPECIAL: some columns may be past the edge, or where `pairs` [BM] stand.
         WIDE: columns of the tile.
     """
     if PARTS > 1:
@@ -255,6 +255,8 @@ def _part(
             )  # fmt: skip
             target = _softmaxes(a, row_at + 2 * BM, column_at + 2 * WIDE, BM, WIDE)
             agreement = anchored(agreement + tl.sum(apart(target * a, BM, BN, LANES), 1), INTERPRETED)
+        if TARGET > 0 and SPECIAL:
+            target = tl.where((c < columns)[None, :], target, 0.0)
         if TARGET > 0:
             wanted = anchored(wanted + tl.sum(apart(target * x, BM, BN, LANES), 1), INTERPRETED)
         w = x
@@ -268,6 +270,8 @@ def _part(
                 w -= spread
                 if SPECIAL:
                     w = tl.where(here, w - own, w)
+            if SPECIAL:
+                w = tl.where((c < columns)[None, :], w, 0.0)
             cosine = anchored(cosine + tl.sum(apart(w * x, BM, BN, LANES), 1), INTERPRETED)
             w = rounded(w, INTERPRETED)
     return w, wanted, cosine, agreement
@@ -332,9 +336,6 @@ def softmax_tile(
     row_tile, column_tile = place(rows, columns, BM, BN, GROUP)
     row, column = row_tile * BM, column_tile * BN
     x = cosines(image, text, row, column, rows, columns, dim, BM, BN, BK, TMA, INTERPRETED)
-    if not TMA:
-        # As descriptors have it: what is past the edge adds to nothing. Its slopes are not stored, or not read.
-        x = tl.where((column + tl.arange(0, BN) < columns)[None, :], x, 0.0)
     pairs = pair_columns(row, pair, columns, BM)
     none = tl.zeros((BM, LANES), tl.float32)
     s = tl.load(scale) * LOG2E
@@ -343,8 +344,11 @@ def softmax_tile(
     r = row + tl.arange(0, BM)
     row_top = tl.load(row_values + r)
     row_factor = tl.load(row_values + BM + r)
-    # Most tiles have no pair and are spared the comparisons; labels know nothing of pairs.
-    if TARGET < 2 and (pair + row < column + BN) & (column < pair + row + BM):
+    # Most tiles have no pair and no edge and are spared the masks; labels know nothing of pairs.
+    special = column + BN > columns
+    if TARGET < 2:
+        special = special | ((pair + row < column + BN) & (column < pair + row + BM))
+    if TARGET > 2 or special:  # beside what labels cost the masks are little, and one way takes fewer registers
         w, wanted, cosine, agreement = _part(
             x, none, none, none, row, column, pairs, s, row_top, row_factor, row_values, column_values, image_labels,
             text_labels, image_stride, text_stride, width, table, own, spread, rows, columns, True, TARGET, KINDS,

@@ -223,7 +223,10 @@ class LabelTarget(Target):
     def block(self, rows: slice, columns: slice, pair: int) -> Tensor:
         del pair
         if self.table is not None:
-            return self.table[self.image_of[rows]].index_select(1, self.text_of[columns])
+            images, texts = self.image_of[rows], self.text_of[columns]
+            if len(self.table) * len(texts) < len(images) * self.table.shape[1]:
+                return self.table.index_select(1, texts)[images]
+            return self.table[images].index_select(1, texts)
         similar = functional.label_similarity(
             self.images[rows],
             self.texts[columns],

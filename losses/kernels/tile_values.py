@@ -39,9 +39,9 @@ def told(target: Target) -> Told:
         rows, columns = target.by_row / target.in_row, target.by_column / target.in_column
         return Told("softmax-ids", 1, [rows.float(), *images], [columns.float(), *texts], len(images))
     if isinstance(target, LabelTarget) and target.table is not None:
-        item = target.table.itemsize
-        rows, columns = item * target.table.shape[1] * target.image_of, item * target.text_of
-        return Told("softmax-table", 2, [_as_float32(rows)], [_as_float32(columns)], table=target.table)
+        table = target.table.float()
+        rows, columns = table.itemsize * table.shape[1] * target.image_of, table.itemsize * target.text_of
+        return Told("softmax-table", 2, [_as_float32(rows)], [_as_float32(columns)], table=table)
     if isinstance(target, LabelTarget):
         labels = label_sides(target.images, target.image_known, target.texts, target.text_known, target.similarity)
         of = split(target.row_lse, target.by_row), split(target.column_lse, target.by_column)

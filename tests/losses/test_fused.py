@@ -23,8 +23,8 @@ from medclip_lab.losses.testing import draw
 triton = pytest.importorskip("triton")
 SHARED_MEMORY = 227 * 1024
 """Bytes a program can have on sm_90; on sm_80 it is 163 KiB."""
-TWO = ("sigmoid", "softmax", "softmax-table")
-"""Kinds of which two programs share a multiprocessor on sm_90."""
+TWO = ("sigmoid", "softmax", "softmax-ids", "softmax-table", "softmax-labels")
+"""Kinds of which two programs share a multiprocessor on sm_90 while gradients are wanted."""
 
 
 def test_interpreted_kernels_are_the_reference() -> None:
@@ -169,7 +169,7 @@ def test_every_shipped_shape_compiles_without_spills(level: int, dtype: torch.dt
         stores, loads, products, registers = machine_code(cubin, tmp_path, name)
         room = SHARED_MEMORY if level == 90 else 163 * 1024
         threads = 32 * jobs[name][1]["num_warps"]
-        if level == 90 and "-".join(name.split("-")[:-2]) in TWO:
+        if level == 90 and name.endswith("-slopes") and "-".join(name.split("-")[:-2]) in TWO:
             # One multiplies while the other does the rest.
             room, registers = room // 2, 2 * registers
         fits = stores == loads == 0 and products > 0 and shared <= room and registers * threads <= 2**16

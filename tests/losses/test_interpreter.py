@@ -4,15 +4,18 @@ Features are bfloat16 in the products; the interpreter's slopes stay float32, as
 So values and gradients must be those of float64 up to float32's rounding.
 """
 
+import gc
 import math
 import os
+import weakref
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medclip_lab.losses import ClipLoss, SigLipLoss
+from medclip_lab.losses import ClipLoss, SigLipLoss, SoftTargetClipLoss
 from medclip_lab.losses.testing import Inputs, Outcome, draw, outcome, processes
 
 from .test_contract import KINDS, Kind, relabelled
@@ -49,11 +52,11 @@ def rounded(inputs: Inputs) -> Inputs:
     return inputs.to(torch.bfloat16).to(torch.float32)
 
 
-def compare(loss: nn.Module, reference: nn.Module, inputs: Inputs, **how: object) -> Outcome:
+def compare(loss: nn.Module, reference: nn.Module, inputs: Inputs, within: float = 1e-6, **how: object) -> Outcome:
     inputs = rounded(inputs)
     expected = outcome(reference, inputs.to(torch.float64), **how)  # type: ignore[arg-type]
     found = outcome(loss, inputs, autocast=True, **how)  # type: ignore[arg-type]
-    assert abs(found.value - expected.value) <= 1e-6 * abs(expected.value) + 1e-7
+    assert abs(found.value - expected.value) <= within * abs(expected.value) + 1e-7
     assert set(found.gradients) == set(expected.gradients)
     rows = len(inputs.leaves["image_features"])
     for name, gradient in expected.gradients.items():
@@ -167,6 +170,66 @@ def test_texts_far_below_the_best_pair_of_their_tile_keep_their_sums(cosine: flo
         inputs = draw(ClipLoss(), 40, 24)
         inputs.leaves.update(image_features=first, text_features=second, logit_scale=torch.tensor(100.0).double())
         compare(ClipLoss(impl="fused"), ClipLoss(impl="reference"), inputs)
+
+
+@pytest.mark.usefixtures("small", "level")
+@pytest.mark.parametrize("name", ["clip", "clip-smooth", "multi-positive", "soft"])
+def test_rows_whose_every_logit_is_far_below_0(name: str) -> None:
+    """What is past the edge has logit 0, and stands 144 powers of two above their best text."""
+    torch.manual_seed(0)
+    texts = F.normalize(torch.ones(40, 24).double() + 0.01 * torch.randn(40, 24).double(), dim=1)
+    inputs = draw(KINDS[name](), 40, 24)
+    inputs.leaves.update(image_features=-texts, text_features=texts, logit_scale=torch.tensor(100.0).double())
+    compare(KINDS[name](impl="fused"), KINDS[name](impl="reference"), inputs, within=1e-5)
+
+
+@pytest.mark.usefixtures("small", "level")
+def test_labels_that_agree_with_no_other() -> None:
+    from medclip_lab.losses.kernels import targets
+
+    torch.manual_seed(0)
+    kind = Kind(SoftTargetClipLoss, {"similarity": "dot", "absent": -1.0, "target_temperature": 0.1})
+    inputs = draw(kind(), 12, 24)
+    labels = (torch.rand(12, 40) < 0.1).double()
+    labels[0] = 1.0
+    inputs.extra.clear()
+    inputs.extra.update(image_labels=labels, text_labels=(torch.rand(12, 40) < 0.1).double())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(targets, "TABLE_BYTES", 0)
+        compare(kind(impl="fused"), kind(impl="reference"), inputs)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_table_of_wider_features() -> None:
+    """Texts of float64 make the targets float64; tiles read float32."""
+    inputs = relabelled(draw(KINDS["soft"](), 40, 16), "few").to(torch.bfloat16).to(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = KINDS["soft"](impl="fused")(**inputs.leaves, **inputs.extra)
+        texts = inputs.leaves["text_features"].double()
+        wide = KINDS["soft"](impl="fused")(**{**inputs.leaves, "text_features": texts}, **inputs.extra)
+    torch.testing.assert_close(wide, narrow, rtol=1e-6, atol=0.0, check_dtype=False)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", ["clip", "siglip", "soft"])
+def test_chunks_are_freed_when_a_step_ends(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not when the garbage collector comes."""
+    from medclip_lab.losses.kernels import fused
+
+    made: list[weakref.ref[fused.Engine]] = []
+    begin = fused.Engine.__init__
+
+    def noted(engine: fused.Engine, *args: Any) -> None:
+        made.append(weakref.ref(engine))
+        begin(engine, *args)
+
+    monkeypatch.setattr(fused.Engine, "__init__", noted)
+    gc.disable()
+    try:
+        outcome(KINDS[name](impl="fused"), rounded(draw(KINDS[name](), 40, 16)), autocast=True)
+        assert [engine() for engine in made] == [None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("tiles, length", [(1, 1), (32, 33), (70, 45)])
