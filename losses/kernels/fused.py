@@ -200,11 +200,7 @@ class Engine:
         rows, columns = len(block.images), len(block.texts)
         shape = self.shapes["logsumexp"]
         high, wide = triton.cdiv(rows, shape.rows), triton.cdiv(columns, shape.columns)
-        # Each of its own, so that each begins where vector loads want it whatever the sizes.
-        row_tops, row_sums, column_tops, column_sums = (
-            torch.empty(shape, dtype=torch.float32, device=self.device)
-            for shape in ((wide, rows), (wide, rows), (high, columns), (high, columns))
-        )
+        row_tops, row_sums, column_tops, column_sums = self._tops_and_sums(high, wide, rows, columns)
         own = self._sums("logsumexp", block, 1)
         self._launch(
             softmax_tile.logsumexp_tile,
@@ -225,6 +221,12 @@ class Engine:
             total = self.scale.double()[0] * (images @ texts)
         in_rows, in_columns = self._combine(row_tops, row_sums), self._combine(column_tops, column_sums)
         return in_rows, in_columns, own.sum(dtype=torch.float64), total
+
+    def _tops_and_sums(self, high: int, wide: int, rows: int, columns: int) -> list[Tensor]:
+        """Room for those of the rows in every column of tiles, and for those of the columns in every row of tiles."""
+        shapes = ((wide, rows), (wide, rows), (high, columns), (high, columns))
+        # Each of its own, so that each begins where vector loads want it whatever the sizes.
+        return [torch.empty(shape, dtype=torch.float32, device=self.device) for shape in shapes]
 
     def _combine(self, tops: Tensor, sums: Tensor) -> Tensor:
         """float64 log-sum-exp of the tiles' maxima and sums [tiles, length]."""
@@ -292,10 +294,7 @@ class Engine:
             part = own[:, start : start + step]
             rows = part.shape[1]
             high, wide = triton.cdiv(rows, LABEL_TILE), triton.cdiv(columns, LABEL_TILE)
-            found = [
-                torch.empty(shape, dtype=torch.float32, device=self.device)
-                for shape in ((wide, rows), (wide, rows), (high, columns), (high, columns))
-            ]
+            found = self._tops_and_sums(high, wide, rows, columns)
             with self._guard():
                 label_tile.label_logsumexp_tile[(high * wide,)](
                     part,

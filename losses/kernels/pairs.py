@@ -113,9 +113,9 @@ class Pairs:
             if grads is not None:
                 grads.begin(text)
             for start in range(0, len(self.image), self.engine.rows) if len(text) else ():
-                rows, columns = slice(start, start + self.engine.rows), slice(offset, offset + len(text))
+                rows = slice(start, min(start + self.engine.rows, len(self.image)))
+                columns = slice(offset, offset + len(text))
                 own = self.image[rows] if self.order is None else self.image[self.order[rows]]
-                rows = slice(start, start + len(own))
                 yield Block(rows, columns, own, text, start if mine else len(text))
             if grads is not None:
                 grads.end(source)

@@ -252,7 +252,7 @@ def _part(
         if TARGET > 2:
             a = own * similarity(
                 image_labels, text_labels, image_stride, text_stride, r, c, rows, columns, width, TARGET == 4, BM, BN
-            )  # fmt: skip
+            )
             target = _softmaxes(a, row_at + 2 * BM, column_at + 2 * WIDE, BM, WIDE)
             agreement = anchored(agreement + tl.sum(apart(target * a, BM, BN, LANES), 1), INTERPRETED)
         if TARGET > 0 and SPECIAL:

@@ -170,10 +170,11 @@ class LabelTarget(Target):
             room = min(room, len(self.images) * len(self.texts) * table.itemsize // TABLE_SHARE)
         self.table = torch.empty_like(table, device=self.images.device) if table.nbytes <= room else None
         self.agreement = torch.zeros((), dtype=torch.float64, device=self.images.device)
-        in_engine = sums is not None and self.table is None
-        row_lse, column_lse = sums(images, texts, self) if sums is not None and in_engine else self._sums(images, texts)
+        if self.table is not None:
+            sums = None  # filling it comes by both sums
+        row_lse, column_lse = self._sums(images, texts) if sums is None else sums(images, texts, self)
         column_lse = distributed.all_logsumexp(column_lse)
-        if not in_engine:
+        if sums is None:
             self._agree(images, texts, row_lse, column_lse)
         self.row_lse, self.column_lse = row_lse[self.image_of], column_lse[self.text_of]
 
@@ -200,10 +201,8 @@ class LabelTarget(Target):
         step = max(1, room // (8 * max(1, len(texts))))
         for start in range(0, len(images), step):
             rows = slice(start, start + step)
-            known = None if images.known is None else images.known[rows]
-            similar = functional.label_similarity(
-                images.values[rows], texts.values, self.similarity, known, texts.known
-            )  # fmt: skip
+            values, known = images.values[rows], None if images.known is None else images.known[rows]
+            similar = functional.label_similarity(values, texts.values, self.similarity, known, texts.known)
             yield rows, similar.double() / self.temperature
 
     def sort(self) -> Tensor | None:
@@ -264,7 +263,7 @@ LabelSums = Callable[[Vectors, Vectors, LabelTarget], tuple[Tensor, Tensor]]
 def distinct(values: Tensor, known: Tensor | None) -> tuple[Vectors, Tensor]:
     """Distinct rows, and which of them each row is."""
     both = values if known is None else torch.cat([values, known], 1)
-    # One number a row is sorted ten times as fast as rows are; that no two rows share it is seen to.
+    # One number a row is sorted faster than rows are; that no two of them share it is seen to.
     weights = torch.arange(1, both.shape[1] + 1, dtype=torch.float64, device=both.device).sin()
     keys, order = (both * weights).sum(1).sort(stable=True)
     _, place, counts = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)

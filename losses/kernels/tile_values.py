@@ -30,6 +30,7 @@ class Told:
     """float32 [1 or 3, N, width] and [1 or 3, M, width]."""
     table: Tensor | None = None
     own: float = 0.0
+    """What is wanted of a pair; of labels what stands before their similarity."""
 
 
 def told(target: Target) -> Told:

@@ -77,7 +77,7 @@ def measure(
 
     Args:
         device: "cuda", or "cpu" for a rehearsal with another `impl`.
-        parts: which; all but "tune" by default, which compiles some sixty kernels.
+        parts: which; all but "tune" by default, which compiles some eighty kernels.
         tiles: kinds of tile that "tune" tries; all by default.
 
     Raises:

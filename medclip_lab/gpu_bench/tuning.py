@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from medclip_lab.errors import UserError
-from medclip_lab.gpu_bench.cases import Machine, Say, Sizes, clear, losses, make_inputs, products, step
+from medclip_lab.gpu_bench.cases import MANY_LABELS, Machine, Say, Sizes, clear, losses, make_inputs, products, step
 from medclip_lab.losses.kernels import fused
 from medclip_lab.losses.kernels.shapes import SHAPES, Shape
 
@@ -18,7 +18,8 @@ LOSSES = {
     "logsumexp": "ClipLoss",
     "softmax": "ClipLoss",
     "softmax-table": "SoftTargetClipLoss",
-    "softmax-labels": "SoftTargetClipLoss, 40 labels",
+    "softmax-labels": f"SoftTargetClipLoss, {MANY_LABELS} labels",
+    "softmax-known": "SoftTargetClipLoss, ignore",
     "sigmoid-ids": "SigLipLoss, ids",
     "softmax-ids": "MultiPositiveClipLoss",
 }
@@ -53,7 +54,7 @@ def shapes(kind: str, level: int) -> list[Shape]:
     near = [replace(shipped, stages=stages) for stages in (2, 4)] + [replace(shipped, parts=max(1, shipped.parts // 2))]
     others = near
     if level >= 90:
-        finest = 16 if kind in ("logsumexp", "softmax-labels") else 8
+        finest = 16 if kind in ("logsumexp", "softmax-labels", "softmax-known") else 8
         others = near + [replace(shape, parts=shape.columns // finest) for shape in TILES]
     return list(dict.fromkeys([shipped, *others]))
 

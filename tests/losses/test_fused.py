@@ -112,7 +112,6 @@ def compiled(kernel: Any, given: dict[str, Any], level: int) -> tuple[bytes, int
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
-    names[torch.int32] = "i32"
     signature, constants, attributes = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         value = given[name]
